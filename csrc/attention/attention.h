@@ -1,0 +1,62 @@
+// Causal attention with grouped-query heads. One tile size and one online-softmax order serve training, prefill and decode,
+// so a token's output has the same bits in all three.
+#pragma once
+#include <cstdint>
+
+namespace hybrid {
+
+constexpr int64_t kKvTile = 64;  // tokens in one KV block and in one softmax tile; tiles start at absolute positions
+
+// Where a sequence's keys and values lie. Tile j holds tokens [64 j, 64 j + 64): token t of head h is at
+// k[t / 64] + h * head_stride + (t % 64) * token_stride. Packed training tensors and paged caches differ only in this.
+struct KvTiles {
+  const float* const* k;
+  const float* const* v;
+  int64_t head_stride;
+  int64_t token_stride;
+};
+
+struct AttentionSequence {
+  const float* q;    // [q_rows, H, D], row stride q_stride: the last q_rows of the kv_len positions
+  float* out;        // [q_rows, H, D], row stride out_stride
+  float* lse;        // [H, lse_stride] log-sum-exp of the scaled scores, this sequence's first column; or nullptr
+  int64_t q_rows;
+  int64_t kv_len;
+  KvTiles kv;
+};
+
+struct AttentionArgs {
+  const AttentionSequence* sequences;
+  int64_t num_sequences;
+  int64_t heads, kv_heads, head_dim;
+  int64_t q_stride, out_stride, lse_stride;
+  float scale;
+  const float* alibi_slopes;  // [H] or nullptr
+  int64_t window;             // keys visible to a query, itself included; 0 means all
+};
+void attention_forward(const AttentionArgs& args);
+
+// Rotary embedding, half-split convention (as transformers): rotates the first rotary_dim of each head.
+// out may alias in.
+struct RopeArgs {
+  const float* in;     // [rows, heads, D], row stride in_stride
+  float* out;          // [rows, heads, D], row stride out_stride
+  int64_t in_stride, out_stride;
+  int64_t rows, heads, head_dim, rotary_dim;
+  const float* cos;    // [max_positions, rotary_dim / 2]
+  const float* sin;
+  const int32_t* positions;  // [rows]
+};
+void rope(const RopeArgs& args);
+
+// The paged cache: [num_blocks][KH][K: 64 x D | V: 64 x D], float. slot = block * 64 + offset.
+struct KvCacheLayout {
+  int64_t kv_heads, head_dim;
+  int64_t head_stride() const { return 2 * kKvTile * head_dim; }
+  int64_t block_stride() const { return kv_heads * head_stride(); }
+  int64_t v_offset() const { return kKvTile * head_dim; }
+};
+void kv_append(const float* k, const float* v, int64_t row_stride, int64_t rows, const int64_t* slots,
+               const KvCacheLayout& layout, float* cache);
+
+}  // namespace hybrid

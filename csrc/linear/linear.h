@@ -1,0 +1,42 @@
+// Linear layer straight from the training layout [out, in].
+#pragma once
+#include <cstdint>
+
+namespace hybrid {
+
+// y[M,N] = x[M,K] w[N,K]^T + bias[N] + residual[M,N].
+// Every output element is summed over K in one order that depends on neither M, N, the thread count nor the row's place:
+// the same row of x gives the same bits whatever else is in the batch.
+struct LinearArgs {
+  const float* x;         // [M, K], row stride ldx
+  int64_t ldx;
+  const float* w;         // [N, K], row stride ldw
+  int64_t ldw;
+  const float* bias;      // [N] or nullptr
+  const float* residual;  // [M, N], row stride ldr, or nullptr; may alias y
+  int64_t ldr;
+  float* y;  // [M, N], row stride ldy
+  int64_t ldy;
+  int64_t M, N, K;
+};
+void linear(const LinearArgs& args);
+
+// The low-rank term, added in place: y[:, split_i] += scale * (x A_i^T) B_i^T, where A stacks the splits' [R, K] blocks
+// ([splits*R, K]) and B holds [N, R], its rows belonging to the split they fall in.
+struct LowRankArgs {
+  const float* x;
+  int64_t ldx;
+  const float* a;         // [num_splits * R, K]
+  const float* b;         // [N, R]
+  const int64_t* splits;  // [num_splits], sums to N
+  int64_t num_splits;
+  int64_t R;
+  float scale;
+  float* y;
+  int64_t ldy;
+  int64_t M, N, K;
+  float* scratch;  // [M, num_splits * R]
+};
+void add_low_rank(const LowRankArgs& args);
+
+}  // namespace hybrid

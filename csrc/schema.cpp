@@ -1,0 +1,71 @@
+// Every stateless operator of the kernel library, and nothing else.
+// Implementations register themselves at the foot of their own file (TORCH_LIBRARY_IMPL).
+// Shapes: T packed tokens, B sequences, H query heads, KH key/value heads, D head size, K/N in/out features, V vocabulary, R rank.
+#include <torch/library.h>
+
+TORCH_LIBRARY(hybrid_kernels, m) {
+  // linear: y[T,N] = x[T,K] w[N,K]^T (+ bias[N]) (+ scale * low-rank term, one (A,B) pair per output split)
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, int[] lora_splits)"
+      " -> Tensor");
+
+  // norm: the residual forms return (normalised, x + residual)
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def("rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor rstd) -> (Tensor grad_x, Tensor grad_weight)");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor rstd)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+
+  // activation: kind is one of relu, silu, gelu_tanh, gelu_erf
+  m.def("bias_activation(Tensor x, Tensor? bias, str kind) -> Tensor");
+  m.def("bias_activation_backward(Tensor grad_y, Tensor x, Tensor? bias, str kind) -> (Tensor grad_x, Tensor grad_bias)");
+  m.def("gated_activation(Tensor gate_up, str kind) -> Tensor");
+  m.def("gated_activation_backward(Tensor grad_y, Tensor gate_up, str kind) -> Tensor");
+
+  // attention: packed sequences for training; block tables for generation
+  m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions) -> (Tensor q_rot, Tensor k_rot)");
+  m.def("kv_append(Tensor k, Tensor v, Tensor(a!) cache, Tensor slots) -> ()");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, Tensor? alibi_slopes, int window)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
+      " float scale, Tensor? alibi_slopes, int window) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "paged_attention(Tensor q, Tensor cache, Tensor block_tables, Tensor kv_lengths, Tensor cu_q, float scale,"
+      " Tensor? alibi_slopes, int window) -> (Tensor out, Tensor lse)");
+
+  // lora: merge into fresh or given storage; the in-place pair restores the base bit for bit
+  m.def("lora_merge(Tensor weight, Tensor lora_a, Tensor lora_b, float scale, int[] splits) -> Tensor");
+  m.def(
+      "lora_merge_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scale, int[] splits)"
+      " -> (Tensor residual, Tensor escape_index, Tensor escape_value)");
+  m.def(
+      "lora_unmerge_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scale, int[] splits,"
+      " Tensor residual, Tensor escape_index, Tensor escape_value) -> ()");
+
+  // sampling: logits are divided by temperature in sampling and scoring alike
+  m.def("token_logprobs(Tensor logits, Tensor targets, float temperature) -> (Tensor logprob, Tensor entropy, Tensor lse)");
+  m.def(
+      "token_logprobs_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor logits, Tensor targets, Tensor entropy,"
+      " Tensor lse, float temperature) -> Tensor");
+  m.def(
+      "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor sample_ids, Tensor positions)"
+      " -> (Tensor token, Tensor logprob, Tensor entropy, Tensor kept_mass, Tensor threshold)");
+
+  // rlhf: per-token statistics of a batch of responses [B,T]
+  m.def("gae(Tensor rewards, Tensor values, Tensor lengths, float gamma, float lam) -> (Tensor advantages, Tensor returns)");
+  m.def("masked_moments(Tensor x, Tensor mask) -> Tensor");  // float64 [3]: count, mean, sum of squared deviations
+  m.def("masked_whiten(Tensor x, Tensor mask, Tensor moments, bool shift_mean) -> Tensor");
+  m.def(
+      "ppo_policy_loss(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor mask, float clip_low,"
+      " float clip_high, float dual_clip) -> (Tensor loss_sum, Tensor grad_logprob, Tensor stats)");
+  m.def(
+      "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip)"
+      " -> (Tensor loss_sum, Tensor grad_values, Tensor stats)");
+}
