@@ -69,6 +69,7 @@ class DataConfig:
     max_heldout: int = option(512, "most held-out rows of each step")
     columns: tuple[str, ...] = option((), "column mapping, as theirs=ours: question=prompt good=chosen bad=rejected")
     max_rows: int = option(0, "most rows read from each source; 0 reads all")
+    prompt_words: int = option(0, "make prompts of plain-text rows from their first N words; 0 leaves the prompt empty")
     max_prompt_tokens: int = option(256, "longest prompt; rows with a longer one are left out and counted")
     max_length: int = option(512, "longest prompt + answer in tokens; longer answers are cut")
     chat_template: str = option(
