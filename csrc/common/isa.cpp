@@ -1,0 +1,50 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace hybrid {
+namespace {
+
+constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+
+// The features listed for each level are those that its files are compiled with (python/hybrid_kernels/_build.py).
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kGeneric;
+#else
+  return Isa::kGeneric;
+#endif
+}
+
+Isa choose_isa() {
+  const Isa best = best_isa();
+  const char* wanted = std::getenv("HYBRID_KERNELS_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int level = 0; level < 3; ++level) {
+    if (std::string(wanted) != kNames[level]) continue;
+    if (level > static_cast<int>(best)) {
+      throw std::invalid_argument(std::string("HYBRID_KERNELS_ISA=") + wanted + ": this processor offers at most " +
+                                  isa_name(best));
+    }
+    return static_cast<Isa>(level);
+  }
+  throw std::invalid_argument(std::string("HYBRID_KERNELS_ISA=") + wanted + ": expected generic, avx2 or avx512");
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa current_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+}  // namespace hybrid
