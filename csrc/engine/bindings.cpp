@@ -1,0 +1,284 @@
+// The Python side of generation: tensors become pointers here and nowhere else.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+
+#include "engine/decode_program.h"
+#include "engine/engine.h"
+
+namespace py = pybind11;
+
+namespace hybrid {
+namespace {
+
+template <typename T>
+T field(const py::dict& dict, const char* name) {
+  if (!dict.contains(name)) throw py::value_error(std::string("DecodeProgram: spec has no field '") + name + "'");
+  return dict[name].cast<T>();
+}
+
+template <typename Enum>
+Enum choice(const py::dict& dict, const char* name, std::initializer_list<std::pair<const char*, Enum>> values) {
+  const auto got = field<std::string>(dict, name);
+  std::string allowed;
+  for (const auto& [text, value] : values) {
+    if (got == text) return value;
+    allowed += std::string(allowed.empty() ? "" : ", ") + text;
+  }
+  throw py::value_error(std::string("DecodeProgram: spec field '") + name + "' must be one of " + allowed + "; got '" + got + "'");
+}
+
+DecoderSpec spec_from_dict(const py::dict& dict) {
+  DecoderSpec spec;
+  spec.vocab_size = field<int64_t>(dict, "vocab_size");
+  spec.hidden_size = field<int64_t>(dict, "hidden_size");
+  spec.embed_dim = field<int64_t>(dict, "embed_dim");
+  spec.num_layers = field<int64_t>(dict, "num_layers");
+  spec.heads = field<int64_t>(dict, "heads");
+  spec.kv_heads = field<int64_t>(dict, "kv_heads");
+  spec.head_dim = field<int64_t>(dict, "head_dim");
+  spec.intermediate_size = field<int64_t>(dict, "intermediate_size");
+  spec.max_positions = field<int64_t>(dict, "max_positions");
+  spec.norm = choice<NormKind>(dict, "norm", {{"rms_norm", NormKind::kRms}, {"layer_norm", NormKind::kLayer}});
+  spec.norm_eps = static_cast<float>(field<double>(dict, "norm_eps"));
+  spec.post_norm = choice<bool>(dict, "norm_position", {{"pre", false}, {"post", true}});
+  spec.final_norm = field<bool>(dict, "final_norm");
+  spec.positions = choice<PositionKind>(
+      dict, "positions",
+      {{"rotary", PositionKind::kRotary}, {"learned", PositionKind::kLearned}, {"alibi", PositionKind::kAlibi}});
+  spec.position_offset = field<int64_t>(dict, "position_offset");
+  if (spec.positions == PositionKind::kRotary) {
+    spec.rotary_dim = field<int64_t>(field<py::dict>(dict, "rope"), "rotary_dim");
+  }
+  spec.activation = parse_activation(field<std::string>(dict, "activation"));
+  spec.gated_mlp = field<bool>(dict, "gated_mlp");
+  spec.qk_norm = field<bool>(dict, "qk_norm");
+  spec.tied_head = field<bool>(dict, "tied_head");
+  spec.attention_scale = static_cast<float>(field<double>(dict, "attention_scale"));
+  spec.sliding_window = field<int64_t>(dict, "sliding_window");
+  return spec;
+}
+
+TensorView view_of(const std::string& name, const at::Tensor& tensor) {
+  const auto expect = [&](bool ok, const char* expected, const std::string& got) {
+    if (!ok) throw py::value_error("bind: parameter '" + name + "' expected " + expected + ", got " + got);
+  };
+  expect(tensor.device().is_cpu(), "a CPU tensor", tensor.device().str());
+  expect(tensor.scalar_type() == at::kFloat, "float32", c10::toString(tensor.scalar_type()));
+  expect(tensor.is_contiguous(), "a contiguous tensor", "one with other strides");
+  return {tensor.const_data_ptr<float>(), tensor.sizes().vec()};
+}
+
+// One value a token, all responses end to end.
+template <typename T>
+at::Tensor flatten(const std::vector<Response>& responses, std::vector<T> Response::*values, at::ScalarType dtype) {
+  int64_t size = 0;
+  for (const Response& response : responses) size += static_cast<int64_t>((response.*values).size());
+  at::Tensor flat = at::empty({size}, dtype);
+  T* out = flat.mutable_data_ptr<T>();
+  for (const Response& response : responses) out = std::copy((response.*values).begin(), (response.*values).end(), out);
+  return flat;
+}
+
+at::Tensor offsets_of(const std::vector<Response>& responses) {
+  at::Tensor offsets = at::empty({static_cast<int64_t>(responses.size()) + 1}, at::kLong);
+  int64_t* out = offsets.mutable_data_ptr<int64_t>();
+  *out = 0;
+  for (const Response& response : responses) {
+    const int64_t end = *out + static_cast<int64_t>(response.tokens.size());
+    *++out = end;
+  }
+  return offsets;
+}
+
+py::dict counters_to_dict(const GenerateCounters& counters) {
+  using namespace py::literals;
+  return py::dict("prefill_tokens"_a = counters.prefill_tokens, "prefill_passes"_a = counters.prefill_passes,
+                  "decode_steps"_a = counters.decode_steps, "decode_tokens"_a = counters.decode_tokens,
+                  "prefill_seconds"_a = counters.prefill_seconds, "decode_seconds"_a = counters.decode_seconds,
+                  "sampling_seconds"_a = counters.sampling_seconds, "block_bytes"_a = counters.block_bytes,
+                  "arena_blocks"_a = counters.arena_blocks, "peak_blocks"_a = counters.peak_blocks,
+                  "scratch_bytes"_a = counters.scratch_bytes);
+}
+
+py::dict result_to_dict(const GenerateResult& result) {
+  using namespace py::literals;
+  const std::vector<Response>& responses = result.responses;
+  py::list reasons;
+  for (const Response& response : responses) reasons.append(response.reason == FinishReason::kStop ? "stop" : "length");
+  return py::dict("tokens"_a = flatten<int64_t>(responses, &Response::tokens, at::kLong),
+                  "logprobs"_a = flatten<float>(responses, &Response::logprobs, at::kFloat),
+                  "entropies"_a = flatten<float>(responses, &Response::entropies, at::kFloat),
+                  "kept_mass"_a = flatten<float>(responses, &Response::kept_mass, at::kFloat),
+                  "offsets"_a = offsets_of(responses), "finish_reasons"_a = reasons,
+                  "counters"_a = counters_to_dict(result.counters));
+}
+
+// Runs between passes without the GIL. It takes the GIL to let Ctrl-C through and to report progress, but only so often
+// that neither costs anything.
+class Heartbeat {
+ public:
+  explicit Heartbeat(py::object on_progress) : on_progress_(std::move(on_progress)) {}
+
+  void operator()(const Progress& progress) {
+    const auto now = Clock::now();
+    const bool last = progress.done == progress.total;
+    if (now < next_signal_check_ && !last) return;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    next_signal_check_ = now + std::chrono::milliseconds(50);
+    if (on_progress_.is_none() || (now < next_report_ && !last)) return;
+    on_progress_(progress.done, progress.total, progress.tokens);
+    next_report_ = now + std::chrono::milliseconds(200);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  py::object on_progress_;
+  Clock::time_point next_signal_check_{}, next_report_{};
+};
+
+// DecodeProgram with the tensors that its pointers belong to.
+class BoundProgram {
+ public:
+  explicit BoundProgram(const py::dict& spec) : program_(spec_from_dict(spec)) {}
+
+  void bind(std::map<std::string, at::Tensor> tensors, const std::map<std::string, float>& lora_scales) {
+    refuse_while_running("bind");
+    TensorTable table;
+    for (const auto& [name, tensor] : tensors) table.emplace(name, view_of(name, tensor));
+    program_.bind(resolve_weights(program_.spec(), table, lora_scales));
+    tensors_ = std::move(tensors);
+  }
+
+  void unbind() {
+    refuse_while_running("unbind");
+    program_.unbind();
+    tensors_.clear();
+  }
+
+  void release_cache() {
+    refuse_while_running("release_cache");
+    program_.release_cache();
+  }
+
+  std::map<std::string, uintptr_t> bound_pointers() const {
+    std::map<std::string, uintptr_t> pointers;
+    for (const auto& [name, tensor] : tensors_) pointers[name] = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return pointers;
+  }
+
+  py::dict generate(GenerateRequest request, py::object on_progress) {
+    refuse_while_running("generate");
+    struct Running {
+      bool& flag;
+      explicit Running(bool& running) : flag(running) { flag = true; }
+      ~Running() { flag = false; }
+    } running(running_);
+    Heartbeat heartbeat(std::move(on_progress));
+    GenerateResult result;
+    {
+      const py::gil_scoped_release no_gil;
+      result = program_.generate(request, std::ref(heartbeat));
+    }
+    return result_to_dict(result);
+  }
+
+ private:
+  void refuse_while_running(const char* what) const {
+    if (running_) throw std::runtime_error(std::string("DecodeProgram.") + what + ": generate() is running");
+  }
+
+  DecodeProgram program_;
+  std::map<std::string, at::Tensor> tensors_;
+  bool running_ = false;
+};
+
+void register_program(py::module_& m) {
+  py::class_<BoundProgram>(m, "DecodeProgram", "Generates from a decoder's own parameters; see csrc/engine.")
+      .def(py::init<const py::dict&>(), py::arg("spec"))
+      .def("bind", &BoundProgram::bind, py::arg("tensors"), py::arg("lora_scales") = std::map<std::string, float>{},
+           "Takes the data pointers of float32 CPU tensors; copies nothing and keeps them alive until unbind().")
+      .def("unbind", &BoundProgram::unbind)
+      .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
+      .def("release_cache", &BoundProgram::release_cache, "Frees the KV cache that keep_cache=True kept.")
+      .def(
+          "generate",
+          [](BoundProgram& program, std::vector<std::vector<int64_t>> prompts, int64_t samples_per_prompt,
+             int64_t max_new_tokens, float temperature, int64_t top_k, float top_p, uint64_t seed,
+             std::vector<uint64_t> sample_ids, std::vector<int64_t> stop_tokens, std::vector<double> expected_new,
+             int64_t max_batch, int64_t max_prefill_rows, int64_t kv_bytes, bool keep_cache, bool poison_freed_blocks,
+             py::object on_progress) {
+            return program.generate({std::move(prompts), {temperature, top_k, top_p, seed}, samples_per_prompt,
+                                     max_new_tokens, std::move(stop_tokens), std::move(sample_ids),
+                                     std::move(expected_new), max_batch, max_prefill_rows, kv_bytes, keep_cache,
+                                     poison_freed_blocks},
+                                    std::move(on_progress));
+          },
+          py::arg("prompts"), py::kw_only(), py::arg("samples_per_prompt"), py::arg("max_new_tokens"),
+          py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("sample_ids"),
+          py::arg("stop_tokens"), py::arg("expected_new") = std::vector<double>{}, py::arg("max_batch") = 64,
+          py::arg("max_prefill_rows") = 512, py::arg("kv_bytes") = 0, py::arg("keep_cache") = false,
+          py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(),
+          "Returns flat per-token tensors with offsets [samples + 1], finish_reasons and counters.");
+}
+
+void register_scheduler(py::module_& m) {
+  py::class_<KvBlockPool>(m, "KvBlockPool")
+      .def(py::init<int64_t>(), py::arg("size"))
+      .def("allocate", &KvBlockPool::allocate)
+      .def("retain", &KvBlockPool::retain)
+      .def("release", &KvBlockPool::release)
+      .def("references", &KvBlockPool::references)
+      .def_property_readonly("available", &KvBlockPool::available)
+      .def_property_readonly("used", &KvBlockPool::used)
+      .def_property_readonly("peak_used", &KvBlockPool::peak_used);
+  py::class_<PromptRequest>(m, "PromptRequest")
+      .def(py::init<int64_t, int64_t, int64_t, double>(), py::arg("prompt_length"), py::arg("max_new"),
+           py::arg("samples"), py::arg("expected_new") = 0.0)
+      .def_property_readonly("least_blocks", &Scheduler::least_blocks);
+  py::class_<PrefillChunk>(m, "PrefillChunk")
+      .def_readonly("prompt", &PrefillChunk::prompt)
+      .def_readonly("start", &PrefillChunk::start)
+      .def_readonly("rows", &PrefillChunk::rows)
+      .def_readonly("completes", &PrefillChunk::completes)
+      .def_property_readonly("blocks", [](const PrefillChunk& chunk) { return *chunk.blocks; });
+  py::class_<LiveSample>(m, "LiveSample")
+      .def_readonly("sample", &LiveSample::sample)
+      .def_readonly("prompt", &LiveSample::prompt)
+      .def_readonly("kv_len", &LiveSample::kv_len)
+      .def_readonly("blocks", &LiveSample::blocks);
+  py::class_<Scheduler>(m, "Scheduler")
+      .def(py::init([](std::vector<PromptRequest> queue, int64_t max_batch, int64_t max_prefill_rows, KvBlockPool& pool,
+                       std::function<void(int32_t, int32_t)> copy, std::function<void(int32_t)> freed) {
+             return std::make_unique<Scheduler>(std::move(queue), SchedulerLimits{max_batch, max_prefill_rows}, pool,
+                                                BlockHooks{std::move(copy), std::move(freed)});
+           }),
+           py::arg("queue"), py::arg("max_batch"), py::arg("max_prefill_rows"), py::arg("pool"), py::arg("copy"),
+           py::arg("freed"), py::keep_alive<1, 5>())
+      .def("next_prefill", &Scheduler::next_prefill)
+      .def("finish_prefill", &Scheduler::finish_prefill, py::arg("prompt"), py::arg("survivors"))
+      .def("prepare_decode", [](Scheduler& scheduler) { return scheduler.prepare_decode(); })
+      .def("finish_decode", &Scheduler::finish_decode, py::arg("finished"))
+      .def_property_readonly("done", &Scheduler::done)
+      .def_property_readonly("live", &Scheduler::live)
+      .def_property_readonly("promised", &Scheduler::promised)
+      .def_static("enough_blocks", &Scheduler::enough_blocks, py::arg("queue"), py::arg("max_batch"));
+}
+
+}  // namespace
+
+void register_engine(py::module_& m) {
+  register_program(m);
+  register_scheduler(m);
+}
+
+}  // namespace hybrid

@@ -1,0 +1,80 @@
+// Generation from bound weights: queue of prompts in, tokens with their log-probabilities out.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "sampling/sampling.h"
+#include "engine/forward.h"
+#include "engine/kv_blocks.h"
+#include "engine/scheduler.h"
+#include "engine/spec.h"
+#include "engine/weights.h"
+
+namespace hybrid {
+
+struct GenerateRequest {
+  std::vector<std::vector<int64_t>> prompts;
+  SamplingRule rule;
+  int64_t samples_per_prompt = 1;
+  int64_t max_new_tokens = 64;
+  std::vector<int64_t> stop_tokens;    // EOS ids and the caller's own; the one that stops is kept in the response
+  std::vector<uint64_t> sample_ids;    // one a sample: its random stream
+  std::vector<double> expected_new;    // one a prompt, or empty: expected response lengths, longest admitted first
+  int64_t max_batch = 64;              // samples decoded together
+  int64_t max_prefill_rows = 512;      // prompt tokens in one pass
+  int64_t kv_bytes = 0;                // budget of the cache; 0: as much as the queue can use
+  bool keep_cache = false;             // keep the cache's memory for the next call
+  bool poison_freed_blocks = false;    // debugging: blocks are NaN until written again
+};
+
+enum class FinishReason : uint8_t { kStop, kLength };
+
+struct Response {
+  std::vector<int64_t> tokens;
+  std::vector<float> logprobs, entropies, kept_mass;
+  FinishReason reason = FinishReason::kLength;
+};
+
+struct GenerateCounters {
+  int64_t prefill_tokens = 0, prefill_passes = 0, decode_steps = 0, decode_tokens = 0;
+  double prefill_seconds = 0, decode_seconds = 0, sampling_seconds = 0;
+  int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0, scratch_bytes = 0;
+};
+
+struct GenerateResult {
+  std::vector<Response> responses;  // samples of a prompt are consecutive
+  GenerateCounters counters;
+};
+
+struct Progress {
+  int64_t done, total, tokens;  // finished samples, all samples, tokens generated so far
+};
+
+class DecodeProgram {
+ public:
+  explicit DecodeProgram(DecoderSpec spec) : spec_(std::move(spec)) { spec_.validate(); }
+
+  void bind(ModelWeights weights) { weights_ = std::move(weights); }
+  void unbind() { weights_.reset(); }
+  void release_cache() { arena_.reset(); }
+  const DecoderSpec& spec() const { return spec_; }
+
+  // `between_passes` runs after every pass; what it throws ends the call cleanly.
+  // Throws std::invalid_argument for a request that cannot be served.
+  GenerateResult generate(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);
+
+ private:
+  void check(const GenerateRequest& request) const;
+  std::vector<PromptRequest> plan(const GenerateRequest& request) const;
+  int64_t block_count(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const;
+  KvArena& take_arena(int64_t blocks);
+
+  DecoderSpec spec_;
+  std::optional<ModelWeights> weights_;
+  std::unique_ptr<KvArena> arena_;
+};
+
+}  // namespace hybrid

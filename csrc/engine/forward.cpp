@@ -1,0 +1,235 @@
+#include "engine/forward.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "attention/attention.h"
+#include "common/parallel.h"
+#include "linear/linear.h"
+#include "norm/norm.h"
+
+namespace hybrid {
+
+void Pass::clear() {
+  tokens.clear();
+  positions.clear();
+  slots.clear();
+  sequences.clear();
+  logit_rows.clear();
+}
+
+void Pass::add(const int64_t* ids, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, bool want_logits) {
+  for (int64_t position = start; position < start + rows; ++position) {
+    tokens.push_back(ids[position - start]);
+    positions.push_back(static_cast<int32_t>(position));
+    slots.push_back(blocks[position / kKvTile] * kKvTile + position % kKvTile);
+  }
+  sequences.push_back({rows, start + rows, &blocks});
+  if (want_logits) logit_rows.push_back(this->rows() - 1);
+}
+
+Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
+                 int64_t max_logit_rows)
+    : spec_(spec),
+      weights_(weights),
+      cache_(cache),
+      hidden_(max_rows * spec.hidden_size),
+      delta_(max_rows * spec.hidden_size),
+      normed_(max_rows * spec.hidden_size),
+      embedded_(spec.projects_embedding() ? max_rows * spec.embed_dim : 0),
+      qkv_(max_rows * spec.qkv_size()),
+      attended_(max_rows * spec.q_size()),
+      mlp_in_(max_rows * spec.mlp_in_size()),
+      activated_(spec.gated_mlp ? max_rows * spec.intermediate_size : 0),
+      low_rank_(max_rows * weights.max_lora_columns),
+      logits_(max_logit_rows * spec.vocab_size) {}
+
+int64_t Forward::scratch_bytes() const {
+  int64_t bytes = 0;
+  for (const FloatBuffer* buffer : {&hidden_, &delta_, &normed_, &embedded_, &qkv_, &attended_, &mlp_in_, &activated_,
+                                    &low_rank_, &logits_}) {
+    bytes += buffer->bytes();
+  }
+  return bytes;
+}
+
+float* Forward::logits(const Pass& pass) {
+  embed(pass);
+  for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
+    if (spec_.post_norm) {
+      block_post_norm(pass, layer);
+    } else {
+      block_pre_norm(pass, layer);
+    }
+  }
+  return head(pass.logit_rows);
+}
+
+void Forward::embed(const Pass& pass) {
+  const int64_t width = spec_.embed_dim;
+  float* target = spec_.projects_embedding() ? embedded_.data() : hidden_.data();
+  for (int64_t row = 0; row < pass.rows(); ++row) {
+    std::copy_n(weights_.embed_tokens + pass.tokens[row] * width, width, target + row * width);
+  }
+  if (spec_.projects_embedding()) linear_layer(weights_.project_in, embedded_.data(), pass.rows(), hidden_.data());
+  if (weights_.embed_positions == nullptr) return;
+  const int64_t hidden = spec_.hidden_size;
+  for (int64_t row = 0; row < pass.rows(); ++row) {
+    const float* position = weights_.embed_positions + (pass.positions[row] + spec_.position_offset) * hidden;
+    float* out = hidden_.data() + row * hidden;
+    for (int64_t i = 0; i < hidden; ++i) out[i] += position[i];
+  }
+}
+
+void Forward::block_pre_norm(const Pass& pass, int64_t layer) {
+  const BlockWeights& block = weights_.blocks[layer];
+  if (layer == 0) {
+    norm(block.attn_norm, hidden_.data(), nullptr, normed_.data(), pass.rows());
+  } else {
+    norm(block.attn_norm, delta_.data(), hidden_.data(), normed_.data(), pass.rows());
+  }
+  attention(pass, layer, normed_.data());
+  norm(block.mlp_norm, delta_.data(), hidden_.data(), normed_.data(), pass.rows());
+  mlp(block, normed_.data(), pass.rows());
+}
+
+void Forward::block_post_norm(const Pass& pass, int64_t layer) {
+  const BlockWeights& block = weights_.blocks[layer];
+  attention(pass, layer, hidden_.data());
+  norm(block.attn_norm, delta_.data(), hidden_.data(), normed_.data(), pass.rows());
+  std::swap(hidden_, normed_);
+  mlp(block, hidden_.data(), pass.rows());
+  norm(block.mlp_norm, delta_.data(), hidden_.data(), normed_.data(), pass.rows());
+  std::swap(hidden_, normed_);
+}
+
+void Forward::attention(const Pass& pass, int64_t layer, const float* x) {
+  const BlockWeights& block = weights_.blocks[layer];
+  linear_layer(block.qkv, x, pass.rows(), qkv_.data());
+  if (spec_.qk_norm) normalize_heads(block, pass.rows());
+  if (spec_.positions == PositionKind::kRotary) rotate(pass);
+  const float* keys = qkv_.data() + spec_.q_size();
+  const float* values = keys + spec_.kv_size();
+  kv_append(keys, values, spec_.qkv_size(), pass.rows(), pass.slots.data(), cache_.layout(), cache_.layer(layer));
+  attend(pass, layer);
+  linear_layer(block.attn_out, attended_.data(), pass.rows(), delta_.data());
+}
+
+void Forward::normalize_heads(const BlockWeights& block, int64_t rows) {
+  float* copy = attended_.data();  // free until attend() writes it; the kernel's output may not alias its input
+  parallel_for(rows, [&](int64_t row) {
+    float* heads = qkv_.data() + row * spec_.qkv_size();
+    float* from = copy + row * spec_.q_size();
+    const auto normalize = [&](float* to, const float* weight, int64_t count) {
+      std::copy_n(to, count * spec_.head_dim, from);
+      rms_norm({from, nullptr, nullptr, weight, nullptr, to, nullptr, nullptr, count, spec_.head_dim, spec_.norm_eps});
+    };
+    normalize(heads, block.q_norm, spec_.heads);
+    normalize(heads + spec_.q_size(), block.k_norm, spec_.kv_heads);
+  });
+}
+
+void Forward::rotate(const Pass& pass) {
+  RopeArgs args{};
+  args.in_stride = args.out_stride = spec_.qkv_size();
+  args.rows = pass.rows();
+  args.head_dim = spec_.head_dim;
+  args.rotary_dim = spec_.rotary_dim;
+  args.cos = weights_.rope_cos;
+  args.sin = weights_.rope_sin;
+  args.positions = pass.positions.data();
+  args.in = args.out = qkv_.data();
+  args.heads = spec_.heads;
+  rope(args);
+  args.in = args.out = qkv_.data() + spec_.q_size();
+  args.heads = spec_.kv_heads;
+  rope(args);
+}
+
+void Forward::attend(const Pass& pass, int64_t layer) {
+  const KvCacheLayout& layout = cache_.layout();
+  size_t tiles = 0;
+  for (const Pass::Sequence& sequence : pass.sequences) tiles += blocks_for(sequence.kv_len);
+  std::vector<const float*> keys(tiles), values(tiles);
+  std::vector<AttentionSequence> sequences;
+  int64_t row = 0;
+  size_t tile = 0;
+  for (const Pass::Sequence& sequence : pass.sequences) {
+    const KvTiles kv{keys.data() + tile, values.data() + tile, layout.head_stride(), layout.head_dim};
+    for (int64_t i = 0; i < blocks_for(sequence.kv_len); ++i, ++tile) {
+      keys[tile] = cache_.layer(layer) + (*sequence.blocks)[i] * layout.block_stride();
+      values[tile] = keys[tile] + layout.v_offset();
+    }
+    sequences.push_back({qkv_.data() + row * spec_.qkv_size(), attended_.data() + row * spec_.q_size(), nullptr,
+                         sequence.rows, sequence.kv_len, kv});
+    row += sequence.rows;
+  }
+  AttentionArgs args{};
+  args.sequences = sequences.data();
+  args.num_sequences = static_cast<int64_t>(sequences.size());
+  args.heads = spec_.heads;
+  args.kv_heads = spec_.kv_heads;
+  args.head_dim = spec_.head_dim;
+  args.q_stride = spec_.qkv_size();
+  args.out_stride = spec_.q_size();
+  args.scale = spec_.attention_scale;
+  args.alibi_slopes = weights_.alibi_slopes;
+  args.window = spec_.sliding_window;
+  attention_forward(args);
+}
+
+void Forward::mlp(const BlockWeights& block, const float* x, int64_t rows) {
+  linear_layer(block.mlp_in, x, rows, mlp_in_.data());
+  const float* activated = mlp_in_.data();
+  if (spec_.gated_mlp) {
+    gated_activation(mlp_in_.data(), activated_.data(), rows, spec_.intermediate_size, spec_.activation);
+    activated = activated_.data();
+  } else {
+    bias_activation(mlp_in_.data(), nullptr, mlp_in_.data(), rows, spec_.intermediate_size, spec_.activation);
+  }
+  linear_layer(block.mlp_out, activated, rows, delta_.data());
+}
+
+float* Forward::head(const std::vector<int64_t>& logit_rows) {
+  const int64_t rows = static_cast<int64_t>(logit_rows.size());
+  if (rows == 0) return logits_.data();
+  const int64_t width = spec_.hidden_size;
+  // Ascending rows move to the front, so no row is overwritten before it is read.
+  for (int64_t i = 0; i < rows; ++i) {
+    if (logit_rows[i] == i) continue;
+    std::copy_n(hidden_.data() + logit_rows[i] * width, width, hidden_.data() + i * width);
+    std::copy_n(delta_.data() + logit_rows[i] * width, width, delta_.data() + i * width);
+  }
+  const float* last = hidden_.data();
+  if (spec_.final_norm) {
+    norm(weights_.final_norm, delta_.data(), hidden_.data(), normed_.data(), rows);
+    last = normed_.data();
+  } else if (!spec_.post_norm) {
+    for (int64_t i = 0; i < rows * width; ++i) hidden_.data()[i] += delta_.data()[i];
+  }
+  if (spec_.projects_embedding()) {
+    linear_layer(weights_.project_out, last, rows, embedded_.data());
+    last = embedded_.data();
+  }
+  linear_layer(weights_.head, last, rows, logits_.data());
+  return logits_.data();
+}
+
+void Forward::linear_layer(const LinearWeights& layer, const float* x, int64_t rows, float* y) {
+  linear({x, layer.K, layer.weight, layer.K, layer.bias, nullptr, 0, y, layer.N, rows, layer.N, layer.K});
+  if (layer.lora_a == nullptr) return;
+  add_low_rank({x, layer.K, layer.lora_a, layer.lora_b, layer.splits.data(), static_cast<int64_t>(layer.splits.size()),
+                layer.lora_rank, layer.lora_scale, y, layer.N, rows, layer.N, layer.K, low_rank_.data()});
+}
+
+void Forward::norm(const NormWeights& weights, float* x, float* residual, float* y, int64_t rows) {
+  const NormArgs args{x,       residual, residual, weights.weight,    weights.bias,  y,
+                      nullptr, nullptr,  rows,     spec_.hidden_size, spec_.norm_eps};
+  if (spec_.norm == NormKind::kRms) {
+    rms_norm(args);
+  } else {
+    layer_norm(args);
+  }
+}
+
+}  // namespace hybrid

@@ -1,0 +1,65 @@
+// The layer walk: one pass of the decoder over packed rows (prefill chunks, decode rows, or both) against the paged cache.
+// It calls the kernels in the order of the training decoder (hybrid_engine/models/decoder.py); as every kernel's row result is
+// independent of the other rows, a token gets the same bits here as there.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "engine/buffer.h"
+#include "engine/kv_blocks.h"
+#include "engine/spec.h"
+#include "engine/weights.h"
+
+namespace hybrid {
+
+// Rows of one pass, sequence after sequence. A sequence's rows are the last of its kv_len positions.
+struct Pass {
+  struct Sequence {
+    int64_t rows, kv_len;
+    const std::vector<int32_t>* blocks;  // must outlive the pass
+  };
+  std::vector<int64_t> tokens;
+  std::vector<int32_t> positions;
+  std::vector<int64_t> slots;  // where each row's key and value go
+  std::vector<Sequence> sequences;
+  std::vector<int64_t> logit_rows;  // ascending: rows whose next token is wanted
+
+  void clear();
+  // Appends tokens[start, start + rows) of a sequence whose first `start` tokens are in the cache.
+  void add(const int64_t* tokens, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, bool want_logits);
+  int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
+};
+
+class Forward {
+ public:
+  // `spec`, `weights` and `cache` must outlive this object.
+  Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows, int64_t max_logit_rows);
+
+  // Appends the rows to the cache and returns logits [logit_rows, vocab], valid until the next call.
+  float* logits(const Pass& pass);
+  int64_t vocab_size() const { return spec_.vocab_size; }
+  int64_t scratch_bytes() const;
+
+ private:
+  void embed(const Pass& pass);
+  void block_pre_norm(const Pass& pass, int64_t layer);
+  void block_post_norm(const Pass& pass, int64_t layer);
+  void attention(const Pass& pass, int64_t layer, const float* x);
+  void normalize_heads(const BlockWeights& block, int64_t rows);
+  void rotate(const Pass& pass);
+  void attend(const Pass& pass, int64_t layer);
+  void mlp(const BlockWeights& block, const float* x, int64_t rows);
+  float* head(const std::vector<int64_t>& logit_rows);
+  void linear_layer(const LinearWeights& linear, const float* x, int64_t rows, float* y);
+  // y = norm(x + residual), residual += x; without a residual y = norm(x).
+  void norm(const NormWeights& weights, float* x, float* residual, float* y, int64_t rows);
+
+  const DecoderSpec& spec_;
+  const ModelWeights& weights_;
+  KvArena& cache_;
+  // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
+  FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
+  FloatBuffer logits_;  // [max_logit_rows, vocab]
+};
+
+}  // namespace hybrid
