@@ -1,0 +1,47 @@
+"""Models: a declarative decoder, its heads, and Hugging Face directories in and out."""
+
+from .checkpoint_io import load_causal_lm, load_scalar_model, train_top_layers
+from .decoder import Block, Decoder
+from .families import spec_from_hf
+from .foreign import ForeignCausalLM, ForeignScalarModel
+from .heads import CausalLM, ScalarModel, TokenScores
+from .lora import LoRAConfig, adapted_linears, apply_lora, merged_weight
+from .packing import PackedBatch, last_rows, pack, response_rows, unpack
+from .rope import rope_tables
+from .saving import save_model
+from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
+from .tokenizers import load_tokenizer
+from .trunk import Trunk, compute_trunk, frozen_blocks, share_frozen_trunk
+
+__all__ = [
+    "Block",
+    "CausalLM",
+    "Decoder",
+    "DecoderSpec",
+    "ForeignCausalLM",
+    "ForeignScalarModel",
+    "LoRAConfig",
+    "PackedBatch",
+    "RopeSpec",
+    "ScalarModel",
+    "TokenScores",
+    "Trunk",
+    "UnsupportedFamily",
+    "adapted_linears",
+    "apply_lora",
+    "compute_trunk",
+    "frozen_blocks",
+    "last_rows",
+    "load_causal_lm",
+    "load_scalar_model",
+    "load_tokenizer",
+    "merged_weight",
+    "pack",
+    "response_rows",
+    "rope_tables",
+    "save_model",
+    "share_frozen_trunk",
+    "spec_from_hf",
+    "train_top_layers",
+    "unpack",
+]

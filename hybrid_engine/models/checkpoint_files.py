@@ -1,0 +1,136 @@
+"""Finding a Hugging Face checkpoint and reading its tensors, one file at a time."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hybrid_engine.errors import UserError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+_SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_ELSEWHERE = ["*/*"]  # other formats (onnx/, original/) live in folders of a hub repository
+
+
+def locate(path_or_name: str | Path) -> Path:
+    """The local directory of a model: itself, or the snapshot of a hub repository.
+
+    Raises UserError when neither exists. Only data is fetched, never code.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise UserError(f"{path}: no {CONFIG}; give a directory in Hugging Face's format")
+        return path
+    name = str(path_or_name)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"{name}: no such model directory; give a directory with {CONFIG} and safetensors "
+            "files, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(name, allow_patterns=patterns, ignore_patterns=_ELSEWHERE)
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{name}: neither a local directory nor a model the hub would give us ({reason})"
+            ) from error
+
+    directory = fetch([*_SIDE_FILES, "*.safetensors"])
+    if not weight_files(directory):
+        directory = fetch([*_SIDE_FILES, "pytorch_model*.bin"])
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{name}: the hub repository has no {CONFIG}")
+    return directory
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Shards in the order of the index, or the single file; safetensors before torch's pickle."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = directory / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            shards = dict.fromkeys(_weight_map(index).values())
+            return [directory / shard for shard in shards]
+        single = directory / f"{stem}.{suffix}"
+        if single.is_file():
+            return [single]
+    return []
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    table = read_json(index)
+    if not isinstance(table.get("weight_map"), dict):
+        raise UserError(f"{index}: no weight_map; download it again")
+    return table["weight_map"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+class ShardReader:
+    """One open weight file: names, shapes and tensors, without reading more than is asked for."""
+
+    def __init__(self, path: Path, handle: Any, names: Sequence[str]) -> None:
+        self.path, self.names = path, names
+        self._handle = handle
+
+    def tensor(self, name: str) -> Tensor:
+        if isinstance(self._handle, dict):
+            return self._handle[name]
+        return self._handle.get_tensor(name)
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[ShardReader]:
+    """Open a weight file; a missing or damaged one is a UserError that names it."""
+    if not path.is_file():
+        raise UserError(f"{path}: the checkpoint's index lists this file, but it is missing")
+    if path.suffix == ".bin":
+        state = _load_pickle(path)
+        yield ShardReader(path, state, list(state))
+        return
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged safetensors file ({error}); copy it again") from error
+    with handle as tensors:
+        yield ShardReader(path, tensors, list(tensors.keys()))
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    warnings.warn(
+        f"{path}: a torch pickle, read with weights_only=True (no code in it is run); "
+        "safetensors is the safer format",
+        stacklevel=2,
+    )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises a different type for every kind of damage
+        raise UserError(f"{path}: not a readable torch weights file ({error})") from error

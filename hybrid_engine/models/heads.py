@@ -1,0 +1,99 @@
+"""Heads on the decoder: next-token scores, and one scalar a row (reward, value)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from hybrid_kernels import ops
+from hybrid_kernels.nn import Linear
+from torch import Tensor, nn
+
+from .decoder import Decoder
+from .packing import PackedBatch
+from .spec import DecoderSpec
+from .trunk import Trunk
+
+
+class TokenScores(NamedTuple):
+    """Of N scored tokens, both fp32 ``[N]``, in nats, after division by the temperature."""
+
+    logprobs: Tensor
+    entropies: Tensor
+
+
+class LMHead(nn.Module):
+    """Vocabulary projection without bias. It may own the embedding's parameter (tied).
+
+    Scoring and logits both run inside ``forward``, where ZeRO-3 has the weight gathered.
+    """
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, ...]:
+        """(logprobs, entropies) of ``targets [N]``; without targets (logits ``[N, V]``,)."""
+        if targets is None:
+            return (ops.linear(hidden, self.weight),)
+        return ops.linear_token_logprobs(hidden, self.weight, targets, temperature)
+
+
+class CausalLM(nn.Module):
+    """A language model over packed batches. It has no dropout, in training as in evaluation."""
+
+    native = True  # the C++ program can generate with it
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.decoder = Decoder(spec)
+        self.head = LMHead(spec.vocab_size, spec.embed_dim)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Make the head's parameter the embedding's own, where the spec says so."""
+        if self.spec.tied_head:
+            self.head.weight = self.decoder.embed_tokens.weight
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        rows: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        trunk: Trunk | None = None,
+    ) -> TokenScores:
+        """Score ``targets [N]`` as the tokens that follow packed rows ``rows [N]``.
+
+        Full logits never exist: the head works through the rows in chunks.
+        """
+        hidden = self.decoder(batch, trunk)
+        return TokenScores(*self.head(hidden.index_select(0, rows), targets, temperature))
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Next-token logits of every row ``[T, V]``: for tests and chat, not for training."""
+        (logits,) = self.head(self.decoder(batch))
+        return logits
+
+
+class ScalarModel(nn.Module):
+    """A number for any row: a reward at the last token, or a value at every token.
+
+    Saved, it is ``AutoModelForSequenceClassification`` with one label.
+    """
+
+    native = True
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.decoder = Decoder(spec)
+        self.score = Linear(spec.embed_dim, 1, bias=False)
+
+    def forward(self, batch: PackedBatch, rows: Tensor, trunk: Trunk | None = None) -> Tensor:
+        """Scores of packed rows ``rows [N]`` -> ``[N]``."""
+        hidden = self.decoder(batch, trunk)
+        return self.score(hidden.index_select(0, rows)).squeeze(-1)

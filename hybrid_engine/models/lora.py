@@ -1,0 +1,62 @@
+"""Low-rank adapters on the decoder's linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from hybrid_kernels import ops
+from hybrid_kernels.nn import Linear
+from torch import Tensor, nn
+
+TARGETS = ("qkv", "attn_out", "mlp_in", "mlp_out")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """y = W x + (alpha / r) B A x, with one (A, B) pair for each of q, k, v, gate and up."""
+
+    r: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self) -> None:
+        if self.r <= 0:
+            raise ValueError(f"LoRA rank must be positive, got {self.r}")
+        unknown = set(self.targets) - set(TARGETS)
+        if unknown or not self.targets:
+            raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {list(self.targets)}")
+
+
+def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+    """Freeze the decoder and the language-model head; add trainable adapters that start as zero.
+
+    A is uniform as in Kaiming's rule for linear layers, B is zero, so the first forward equals the
+    base model's. The same seed gives the same A on every rank. A scalar model's ``score`` stays
+    trainable.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("score."))
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.decoder.blocks:
+        for target in config.targets:
+            linear: Linear = getattr(block, target)
+            linear.add_lora(config.r, config.alpha, generator=generator)
+
+
+def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """Names and modules of the linear layers that carry an adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.lora_a is not None:
+            yield name, module
+
+
+@torch.no_grad()
+def merged_weight(linear: Linear) -> Tensor:
+    """W + (alpha / r) B A in fresh storage; the layer itself is left as it is."""
+    if linear.lora_a is None:
+        return linear.weight.detach()
+    return ops.lora_merge(
+        linear.weight, linear.lora_a, linear.lora_b, linear.lora_scale, linear.splits
+    )

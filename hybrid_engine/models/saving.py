@@ -1,0 +1,182 @@
+"""Saving: our modules as Hugging Face directories that transformers reopens unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from hybrid_kernels.nn import Linear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hybrid_engine.errors import UserError
+
+from .checkpoint_files import CONFIG, GENERATION_CONFIG
+from .families import HEAD, SCORE, family_of_type
+from .heads import ScalarModel
+from .lora import merged_weight
+from .tokenizers import scoring_pad_token, write_tokenizer
+
+_MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
+
+
+def save_model(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Write weights, config, generation config, tokenizer and chat template.
+
+    Adapters are merged into a copy; the model is left as it is. Without ``tokenizer`` the files of
+    the directory that the model was loaded from are copied. The directory appears whole or not at
+    all: it is written beside its final place and renamed. Under ZeRO-3 every rank must call this
+    (parameters are gathered one by one); rank 0 writes.
+    """
+    directory = Path(directory)
+    if not model.native:
+        with written_atomically(directory, _is_writer()) as target:
+            if target is not None:
+                model.save(target, tokenizer)
+        return
+    with written_atomically(directory, _is_writer()) as target:
+        _write_weights(model, target, max_shard_bytes)
+        if target is not None:
+            _write_companions(model, target, tokenizer)
+
+
+def _is_writer() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
+
+
+@contextmanager
+def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
+    """A fresh sibling directory that takes ``directory``'s place at the end; None if not writer."""
+    if not writer:
+        yield None
+        return
+    final = directory.absolute()
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    previous = final.with_name(f".{final.name}.previous-{os.getpid()}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if final.exists():
+            final.rename(previous)
+        partial.rename(final)
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot write the model ({error})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a native model as transformers has them; adapters merged.
+
+    A tensor may be a view of a parameter and, under ZeRO-3, lives until the next one is asked for.
+    """
+    family = family_of_type(model.source.config["model_type"])
+    for entry in family.entries(model.spec):
+        path, leaf = f"decoder.{entry.name}".rsplit(".", 1)
+        owner = model.get_submodule(path)
+        with _gathered(owner):
+            merges = leaf == "weight" and isinstance(owner, Linear)
+            tensor = merged_weight(owner) if merges else getattr(owner, leaf).detach()
+            parts = tensor.split(entry.rows) if entry.rows else (tensor,)
+            for source, part in zip(entry.sources, parts, strict=True):
+                turned = entry.transposed and part.dim() == 2
+                yield family.prefix + source, part.T if turned else part
+    if isinstance(model, ScalarModel):
+        with _gathered(model.score):
+            yield SCORE, model.score.weight.detach()
+    elif not model.spec.tied_head:
+        with _gathered(model.head):
+            yield HEAD, model.head.weight.detach()
+
+
+def _gathered(module: nn.Module) -> AbstractContextManager[None]:
+    """The module's own parameters, whole, where ZeRO-3 keeps them in parts."""
+    parameters = list(module.parameters(recurse=False))
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def _write_weights(model: nn.Module, target: Path | None, max_shard_bytes: int) -> None:
+    partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
+    writer = _ShardWriter(target, max_shard_bytes) if target is not None else None
+    for name, tensor in checkpoint_tensors(model):  # every rank walks: gathering is collective
+        if writer is not None:
+            writer.add(name, tensor.clone() if partitioned else tensor)
+    if writer is not None:
+        writer.close()
+
+
+class _ShardWriter:
+    """Fills safetensors files up to a size; their number is known, and named, at the end."""
+
+    def __init__(self, target: Path, max_bytes: int) -> None:
+        self.target, self.max_bytes = target, max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = 0
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
+            self._flush()
+        self.pending[name] = tensor.cpu().contiguous()
+        self.pending_bytes += tensor.nbytes
+
+    def _flush(self) -> None:
+        path = self.target / f"shard-{len(self.shards)}"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.total_bytes += self.pending_bytes
+        self.pending, self.pending_bytes = {}, 0
+
+    def close(self) -> None:
+        self._flush()
+        if len(self.shards) == 1:
+            (self.target / "shard-0").rename(self.target / "model.safetensors")
+            return
+        weight_map = {}
+        for index, names in enumerate(self.shards):
+            final = f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            (self.target / f"shard-{index}").rename(self.target / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        _write_json(self.target / "model.safetensors.index.json", index)
+
+
+def _write_companions(model: nn.Module, target: Path, tokenizer: Any | None) -> None:
+    source, config = model.source, dict(model.source.config)
+    causal, classifier = family_of_type(config["model_type"]).architectures[config["model_type"]]
+    pad_id = None
+    if isinstance(model, ScalarModel):
+        pad_id = scoring_pad_token(config, source.directory, tokenizer)
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad_id}
+    config["architectures"] = [classifier if isinstance(model, ScalarModel) else causal]
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    _write_json(target / CONFIG, config)
+    if source.generation_config is not None:
+        (target / GENERATION_CONFIG).write_text(source.generation_config, encoding="utf-8")
+    write_tokenizer(target, source.directory, tokenizer, pad_id)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
