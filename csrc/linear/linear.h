@@ -4,20 +4,21 @@
 
 namespace hybrid {
 
-// y[M,N] = x[M,K] w[N,K]^T + bias[N] + residual[M,N].
+// y[M,N] = alpha * (x[M,K] w[N,K]^T) + bias[N] + residual[M,N].
 // Every output element is summed over K in one order that depends on neither M, N, the thread count nor the row's place:
-// the same row of x gives the same bits whatever else is in the batch.
+// the same row of x gives the same bits whatever else is in the batch. No alignment is asked for; any size may be zero.
 struct LinearArgs {
-  const float* x;         // [M, K], row stride ldx
-  int64_t ldx;
-  const float* w;         // [N, K], row stride ldw
-  int64_t ldw;
-  const float* bias;      // [N] or nullptr
-  const float* residual;  // [M, N], row stride ldr, or nullptr; may alias y
-  int64_t ldr;
-  float* y;  // [M, N], row stride ldy
-  int64_t ldy;
-  int64_t M, N, K;
+  const float* x = nullptr;  // [M, K], row stride ldx
+  int64_t ldx = 0;
+  const float* w = nullptr;  // [N, K], row stride ldw
+  int64_t ldw = 0;
+  const float* bias = nullptr;      // [N] or nullptr
+  const float* residual = nullptr;  // [M, N], row stride ldr, or nullptr; may be y itself (same stride)
+  int64_t ldr = 0;
+  float* y = nullptr;  // [M, N], row stride ldy
+  int64_t ldy = 0;
+  int64_t M = 0, N = 0, K = 0;
+  float alpha = 1.0f;
 };
 void linear(const LinearArgs& args);
 

@@ -1,0 +1,25 @@
+#include "linear/linear.h"
+
+#include "common/isa.h"
+
+namespace hybrid {
+
+HYBRID_DECLARE_SIMD(void linear(const LinearArgs& args))
+
+void linear(const LinearArgs& args) { HYBRID_PICK_SIMD(linear)(args); }
+
+void add_low_rank(const LowRankArgs& args) {
+  const int64_t width = args.num_splits * args.R;
+  linear({.x = args.x, .ldx = args.ldx, .w = args.a, .ldw = args.K, .y = args.scratch, .ldy = width,
+          .M = args.M, .N = width, .K = args.K});
+  int64_t col = 0;
+  for (int64_t split = 0; split < args.num_splits; ++split) {
+    float* y = args.y + col;
+    linear({.x = args.scratch + split * args.R, .ldx = width, .w = args.b + col * args.R, .ldw = args.R,
+            .residual = y, .ldr = args.ldy, .y = y, .ldy = args.ldy,
+            .M = args.M, .N = args.splits[split], .K = args.R, .alpha = args.scale});
+    col += args.splits[split];
+  }
+}
+
+}  // namespace hybrid
