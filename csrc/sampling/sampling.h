@@ -4,8 +4,12 @@
 
 namespace hybrid {
 
+// Temperatures below this (other than 0) would overflow logits / temperature.
+inline constexpr float kMinTemperature = 1e-6f;
+
 // Log-probability of `target`, entropy and log-sum-exp of logits / temperature over the whole vocabulary.
-// The one row function of sampling and training: equal logits give equal bits.
+// The one row function of sampling and training: equal logits give equal bits. -inf marks an impossible token; a row with NaN,
+// +inf or nothing but -inf scores NaN. temperature >= kMinTemperature.
 struct RowScore {
   float logprob, entropy, lse;
 };
@@ -14,15 +18,16 @@ RowScore score_row(const float* logits, int64_t vocab, int64_t target, float tem
 struct SamplingRule {
   float temperature;  // 0 takes the argmax (lowest index on ties); its log-probability is reported at temperature 1
   int64_t top_k;      // 0 keeps all
-  float top_p;        // 1 keeps all; the smallest set of most likely tokens with at least this mass
+  float top_p;        // 1 keeps all; the smallest set of most likely tokens with at least this mass of what top-k left
   uint64_t seed;
 };
+// Order: temperature, top-k, top-p. A kept set is every logit at or above a threshold, so a tie at the threshold is kept whole.
 struct Sampled {
-  int64_t token;
+  int64_t token;    // -1 (and NaN below) where a logit is NaN or +inf, or all are -inf
   float logprob;    // over the whole vocabulary at `temperature`, before truncation
   float entropy;    // of the same distribution
-  float kept_mass;  // probability of the set that top-k and top-p kept; 1 without them
-  float threshold;  // least logit kept; -inf without them. Kept set = {logit >= threshold}
+  float kept_mass;  // probability of the set that top-k and top-p kept; 1 without them or when greedy
+  float threshold;  // least logit kept; -inf without them or when greedy. Kept set = {logit >= threshold}
 };
 // An exact draw by inverse transform from one Philox uniform keyed by (seed, sample, position).
 Sampled sample_row(const float* logits, int64_t vocab, const SamplingRule& rule, uint64_t sample, uint32_t position);

@@ -1,0 +1,130 @@
+"""One row of logits to one token, and tokens back to log-probabilities, by one and the same arithmetic.
+
+Sampling and scoring share the row function of ``csrc/sampling``: equal logits give equal bits, whatever else is in the
+batch and however many threads run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.ops._dispatch import register, use_native
+from hybrid_kernels.reference import sampling as reference
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of ``softmax(logits / temperature)``.
+
+    Args:
+        logits: ``[N, V]`` float32; ``-inf`` marks an impossible token.
+        targets: ``[N]`` int64 in [0, V).
+        temperature: finite, at least 1e-6.
+
+    Returns:
+        ``(logprob, entropy)``, each ``[N]`` float32, in nats. The sum of exponentials runs in float64 over blocks of 64 and
+        the log-probability is rounded once. Rows with NaN or +inf give NaN. The backward keeps the logits, not their
+        softmax.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature.
+    """
+    if not use_native("token_logprobs", logits):
+        return reference.token_logprobs(logits, targets, temperature)
+    logprob, entropy, _ = torch.ops.hybrid_kernels.token_logprobs(logits, targets, temperature)
+    return logprob, entropy
+
+
+class Sample(NamedTuple):
+    """What :func:`sample` drew, one entry a row."""
+
+    token: Tensor  # [N] int64
+    logprob: Tensor  # [N] float32, over the whole vocabulary at the temperature, before truncation
+    entropy: Tensor  # [N] float32, of the same distribution
+    kept_mass: Tensor  # [N] float32, probability of the set that top-k and top-p kept
+    threshold: Tensor  # [N] float32, least logit kept: the kept set is {logit >= threshold}
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+) -> Sample:
+    """Draws one token a row, exactly, by inverse transform of one Philox uniform.
+
+    The order is temperature, top-k, then top-p on what top-k left, renormalised. Both keep every logit at or above a
+    threshold, so a tie at the threshold is kept whole. The uniform is keyed by (seed, sample id, position): a sample's
+    randomness depends on neither its batch nor its rank.
+
+    Args:
+        logits: ``[N, V]`` float32; ``-inf`` marks an impossible token.
+        temperature: at least 1e-6; or 0 for the argmax (lowest index on ties), which ignores ``top_k`` and ``top_p`` and
+            reports its log-probability at temperature 1.
+        top_k: 0 keeps all.
+        top_p: in (0, 1]; the smallest set of most likely tokens with at least this mass. 1 keeps all.
+        seed: 64 bits.
+        sample_ids: ``[N]`` int64, global numbers of the samples.
+        positions: ``[N]`` int64, place of the new token in its sample; below 2^32.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or parameters; a row that holds NaN or +inf, or nothing but -inf.
+    """
+    if not use_native("sample", logits):
+        return Sample(
+            *reference.sample(logits, temperature, top_k, top_p, seed, sample_ids, positions)
+        )
+    return Sample(
+        *torch.ops.hybrid_kernels.sample(
+            logits, temperature, top_k, top_p, seed, sample_ids, positions
+        )
+    )
+
+
+def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, temperature = inputs
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(logits, targets, entropy, lse)
+    ctx.temperature = temperature
+
+
+def _score_backward(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad = torch.ops.hybrid_kernels.token_logprobs_backward(
+        grad_logprob, grad_entropy, *ctx.saved_tensors, ctx.temperature
+    )
+    return grad, None, None
+
+
+def _row(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:1])
+
+
+register(
+    "token_logprobs",
+    lambda logits, targets, temperature: (_row(logits), _row(logits), _row(logits)),
+    setup_context=_score_setup,
+    backward=_score_backward,
+)
+register(
+    "token_logprobs_backward",
+    lambda grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature: (
+        torch.empty_like(logits, memory_format=torch.contiguous_format)
+    ),
+)
+register(
+    "sample",
+    lambda logits, temperature, top_k, top_p, seed, sample_ids, positions: (
+        sample_ids.new_empty(logits.shape[:1]),
+        *(_row(logits) for _ in range(4)),
+    ),
+)
