@@ -1,7 +1,7 @@
 """Every setting of a run, typed and nested. The command line, YAML and OUTPUT/config.yaml are generated from these classes.
 
 A field declared through :func:`option` carries its help text and, where the setting deserves a short name, its top-level
-flag (``--actor-model``); every field also answers to its dotted name (``--rlhf.kl-coef 0.05``).
+flag (``--actor-model``); every field also answers to its dotted name (``--rlhf.kl.coef 0.05``).
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ class Setting:
         return self.flag or "--" + self.path.replace("_", "-")
 
     def coerce(self, value: Any, where: str) -> Any:
-        """`value` (text or what YAML made of it) as the field's type.
-
-        Text is accepted for numbers too: YAML 1.1 reads ``1e-5`` as text, and command lines have nothing else.
+        """`value` as the field's type: text, or a list of texts; a text for a list is split at its commas.
 
         Raises:
             UserError: `where` (file and line, or flag), what was expected and what was there.
@@ -75,16 +73,13 @@ class Setting:
 
 
 def convert(value: Any, kind: type) -> Any:
-    """`value` as `kind`, without losing anything (1.5 is no int, 3 is no text). Raises TypeError or ValueError."""
+    """The text `value` as `kind`. Raises TypeError or ValueError."""
+    if not isinstance(value, str):
+        raise TypeError
     if kind is bool:
-        text = str(value).lower() if isinstance(value, (str, bool)) else ""
-        if text not in TRUE + FALSE:
+        if value.lower() not in TRUE + FALSE:
             raise ValueError
-        return text in TRUE
-    if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
-        raise TypeError
-    if kind is int and isinstance(value, float):
-        raise TypeError
+        return value.lower() in TRUE
     converted = kind(value)
     if kind is float and not math.isfinite(converted):
         raise ValueError
@@ -124,7 +119,7 @@ def _setting(path: str, field: dataclasses.Field, hint: Any) -> Setting:
 
 
 def build(values: Mapping[str, Any], cls: type = RunConfig, section: str = "") -> Any:
-    """The configuration with `values` (dotted name -> coerced value) over the defaults.
+    """The configuration with `values` (dotted name -> value of the field's type) over the defaults.
 
     Raises:
         UserError: what the config classes refuse, with the section it concerns.

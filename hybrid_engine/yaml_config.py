@@ -66,20 +66,17 @@ def read_values(text: str, source: str) -> dict[str, Any]:
     Raises:
         UserError: with `source` and line for bad YAML, unknown or repeated keys, and values of the wrong type.
     """
-    loader = yaml.SafeLoader(text)
     try:
-        root = loader.get_single_node()
-        return dict(_read_mapping(loader, root, "", source)) if root is not None else {}
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{source}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
+    return dict(_read_mapping(root, "", source)) if root is not None else {}
 
 
-def _read_mapping(loader: yaml.SafeLoader, node: yaml.Node, section: str, source: str) -> Iterator[tuple[str, Any]]:
+def _read_mapping(node: yaml.Node, section: str, source: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(node, yaml.MappingNode):
         what = f"{section}: expected its settings" if section else "expected settings"
         raise UserError(f"{source}:{node.start_mark.line + 1}: {what} as 'name: value' lines")
@@ -91,9 +88,17 @@ def _read_mapping(loader: yaml.SafeLoader, node: yaml.Node, section: str, source
             raise UserError(f"{where}: {path} is given twice; keep one")
         seen.add(path)
         if path in settings():
-            value = loader.construct_object(value_node, deep=True)
-            yield path, settings()[path].coerce(value, f"{where}: {path}")
+            yield path, settings()[path].coerce(_as_written(value_node), f"{where}: {path}")
         elif path in sections():
-            yield from _read_mapping(loader, value_node, path, source)
+            yield from _read_mapping(value_node, path, source)
         else:
             raise UserError(f"{where}: unknown key {path!r}{suggest(path, [*settings(), *sections()])}")
+
+
+def _as_written(node: yaml.Node) -> Any:
+    """A scalar's own text, a list of them, None for null. The setting knows its type better than YAML's guess at it."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_as_written(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _as_written(value) for key, value in node.value}
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
