@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from: what ``save_model`` must hand on unchanged."""
+
+    directory: Path
+    config: dict[str, Any]  # config.json as it was read
+    generation_config: str | None  # text of generation_config.json
+
+    @classmethod
+    def read(cls, directory: Path) -> Source:
+        generation = directory / GENERATION_CONFIG
+        text = generation.read_text(encoding="utf-8") if generation.is_file() else None
+        return cls(directory, read_json(directory / CONFIG), text)
 
 
 class ShardReader:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from hybrid_engine.errors import UserError
 from . import foreign
 from .checkpoint_files import (
     CONFIG,
-    GENERATION_CONFIG,
     ShardReader,
+    Source,
     locate,
     open_shard,
     read_json,
@@ -27,23 +26,6 @@ from .families import HEAD, SCORE, Family, family_of_type, spec_from_hf
 from .heads import CausalLM, ScalarModel
 from .lora import LoRAConfig, apply_lora
 from .spec import UnsupportedFamily
-
-AnyModel = TypeVar("AnyModel", CausalLM, ScalarModel)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model came from: what ``save_model`` must hand on unchanged."""
-
-    directory: Path
-    config: dict[str, Any]  # config.json as it was read
-    generation_config: str | None  # text of generation_config.json
-
-    @classmethod
-    def read(cls, directory: Path) -> Source:
-        generation = directory / GENERATION_CONFIG
-        text = generation.read_text(encoding="utf-8") if generation.is_file() else None
-        return cls(directory, read_json(directory / CONFIG), text)
 
 
 def load_causal_lm(

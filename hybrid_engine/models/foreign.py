@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hybrid_engine.errors import UserError
 
-from .checkpoint_files import GENERATION_CONFIG
+from .checkpoint_files import GENERATION_CONFIG, Source
 from .heads import TokenScores
 from .packing import PackedBatch, unpack
 from .tokenizers import scoring_pad_token, write_tokenizer
@@ -35,6 +35,16 @@ class ForeignModel(nn.Module):
         """Mark the wrapper only: transformers' module stays in evaluation, so dropout stays off."""
         self.training = mode
         return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Always off: transformers recomputes only in training mode, which has dropout."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            raise UserError("gradient checkpointing needs a family with a native decoder")
 
     def padded(self, batch: PackedBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Right-padded model inputs ``[B, L]``, and the flat index ``[T]`` of every packed row."""
@@ -102,7 +112,7 @@ def load_scalar_model(
     """Load a one-label classifier through transformers; a missing ``score`` is drawn afresh."""
     from transformers import AutoModelForSequenceClassification
 
-    from .checkpoint_io import Source, init_score
+    from .checkpoint_io import init_score
 
     _warn(directory, reason)
     torch.manual_seed(init_head_seed)

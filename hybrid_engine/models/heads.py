@@ -9,6 +9,7 @@ from hybrid_kernels import ops
 from hybrid_kernels.nn import Linear
 from torch import Tensor, nn
 
+from .checkpoint_files import Source
 from .decoder import Decoder
 from .packing import PackedBatch
 from .spec import DecoderSpec
@@ -41,15 +42,32 @@ class LMHead(nn.Module):
         return ops.linear_token_logprobs(hidden, self.weight, targets, temperature)
 
 
-class CausalLM(nn.Module):
-    """A language model over packed batches. It has no dropout, in training as in evaluation."""
+class _Model(nn.Module):
+    """A decoder that has a head: what the causal and the scalar model share."""
 
-    native = True  # the C++ program can generate with it
+    native = True  # the C++ program knows this decoder
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
         self.decoder = Decoder(spec)
+        self.source: Source | None = None  # set by the loader, read by save_model
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Recompute each trainable block's activations in the backward pass."""
+        return self.decoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.decoder.gradient_checkpointing = on
+
+
+class CausalLM(_Model):
+    """A language model over packed batches. It has no dropout, in training as in evaluation."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(spec)
         self.head = LMHead(spec.vocab_size, spec.embed_dim)
         self.tie_head()
 
@@ -79,18 +97,14 @@ class CausalLM(nn.Module):
         return logits
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(_Model):
     """A number for any row: a reward at the last token, or a value at every token.
 
     Saved, it is ``AutoModelForSequenceClassification`` with one label.
     """
 
-    native = True
-
     def __init__(self, spec: DecoderSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.decoder = Decoder(spec)
+        super().__init__(spec)
         self.score = Linear(spec.embed_dim, 1, bias=False)
 
     def forward(self, batch: PackedBatch, rows: Tensor, trunk: Trunk | None = None) -> Tensor:

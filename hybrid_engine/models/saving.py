@@ -37,16 +37,13 @@ def save_model(
     Adapters are merged into a copy; the model is left as it is. Without ``tokenizer`` the files of
     the directory that the model was loaded from are copied. The directory appears whole or not at
     all: it is written beside its final place and renamed. Under ZeRO-3 every rank must call this
-    (parameters are gathered one by one); rank 0 writes.
+    (parameters are gathered one module at a time), unless it has gathered them all already; rank 0
+    writes.
     """
     directory = Path(directory)
-    if not model.native:
-        with written_atomically(directory, _is_writer()) as target:
-            if target is not None:
-                model.save(target, tokenizer)
-        return
     with written_atomically(directory, _is_writer()) as target:
-        _write_weights(model, target, max_shard_bytes)
+        if model.native:
+            _write_weights(model, target, max_shard_bytes)
         if target is not None:
             _write_companions(model, target, tokenizer)
 
@@ -86,6 +83,8 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A tensor may be a view of a parameter and, under ZeRO-3, lives until the next one is asked for.
     """
+    if model.source is None:
+        raise ValueError("only a model that was loaded from a directory can be saved")
     family = family_of_type(model.source.config["model_type"])
     for entry in family.entries(model.spec):
         path, leaf = f"decoder.{entry.name}".rsplit(".", 1)
@@ -105,10 +104,19 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield HEAD, model.head.weight.detach()
 
 
+def _partitioned(module: nn.Module, recurse: bool) -> list[nn.Parameter]:
+    """Parameters that ZeRO-3 keeps in parts and nobody has gathered."""
+    return [
+        p
+        for p in module.parameters(recurse)
+        if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"
+    ]
+
+
 def _gathered(module: nn.Module) -> AbstractContextManager[None]:
-    """The module's own parameters, whole, where ZeRO-3 keeps them in parts."""
-    parameters = list(module.parameters(recurse=False))
-    if not any(hasattr(p, "ds_id") for p in parameters):
+    """The module's own parameters, whole."""
+    parameters = _partitioned(module, recurse=False)
+    if not parameters:
         return nullcontext()
     import deepspeed
 
@@ -116,11 +124,13 @@ def _gathered(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def _write_weights(model: nn.Module, target: Path | None, max_shard_bytes: int) -> None:
-    partitioned = any(hasattr(p, "ds_id") for p in model.parameters())
+    temporary = bool(_partitioned(model, recurse=True))
+    if target is None and not temporary:
+        return
     writer = _ShardWriter(target, max_shard_bytes) if target is not None else None
     for name, tensor in checkpoint_tensors(model):  # every rank walks: gathering is collective
         if writer is not None:
-            writer.add(name, tensor.clone() if partitioned else tensor)
+            writer.add(name, tensor.clone() if temporary else tensor)
     if writer is not None:
         writer.close()
 
@@ -163,6 +173,9 @@ class _ShardWriter:
 
 
 def _write_companions(model: nn.Module, target: Path, tokenizer: Any | None) -> None:
+    if not model.native:
+        model.save(target, tokenizer)
+        return
     source, config = model.source, dict(model.source.config)
     causal, classifier = family_of_type(config["model_type"]).architectures[config["model_type"]]
     pad_id = None

@@ -51,6 +51,8 @@ def write_tokenizer(target: Path, source: Path, tokenizer: Any | None, pad_id: i
     ``pad_id`` replaces the padding token in the written copy where it differs.
     """
     if tokenizer is None:
+        if not source.is_dir():
+            raise UserError(f"{source}: the tokenizer was there when the model was loaded; give it")
         files = tokenizer_files(source)
         if not files:
             return
@@ -69,7 +71,8 @@ def scoring_pad_token(config: dict[str, Any], source: Path, tokenizer: Any | Non
 
     transformers scores a row at its last token that is not the padding token. A sequence that ends
     with EOS is therefore scored at EOS, as our models do, only if padding is another token. In
-    order of preference: the config's, the tokenizer's, the unknown token.
+    order of preference: the config's, the tokenizer's, the unknown token, a special token made for
+    padding.
     """
     if tokenizer is None and tokenizer_files(source):
         tokenizer = load_tokenizer(source)
@@ -78,6 +81,7 @@ def scoring_pad_token(config: dict[str, Any], source: Path, tokenizer: Any | Non
         getattr(tokenizer, "pad_token_id", None),
         getattr(tokenizer, "unk_token_id", None),
         config.get("unk_token_id"),
+        *_tokens_made_for_padding(tokenizer),
     ]
     ends = _end_tokens(config, tokenizer)
     for candidate in candidates:
@@ -91,6 +95,12 @@ def scoring_pad_token(config: dict[str, Any], source: Path, tokenizer: Any | Non
         )
         return min(ends)
     return None
+
+
+def _tokens_made_for_padding(tokenizer: Any | None) -> list[int]:
+    """Such as Llama 3's <|finetune_right_pad_id|>."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return [index for index, token in added.items() if "pad" in token.content.lower()]
 
 
 def _end_tokens(config: dict[str, Any], tokenizer: Any | None) -> set[int]:
