@@ -33,8 +33,10 @@ def summary_line(cls: type) -> str:
 
 
 def _entry(setting: Setting, value: Any) -> str:
-    plain = list(value) if setting.many else value
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    items = list(value) if setting.many else value
+    # Characters such as U+0085 would be read back as line breaks; they are escaped instead.
+    readable = "".join(map(str, items if setting.many else [items])).isprintable()
+    text = yaml.safe_dump(items, default_flow_style=True, allow_unicode=readable, width=float("inf"))
     text = text.removesuffix("...\n").strip()  # the end mark that a bare scalar gets
     return f"{setting.name}: {text}  # {setting.help}"
 
