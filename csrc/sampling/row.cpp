@@ -3,7 +3,7 @@
 namespace hybrid {
 
 HYBRID_DECLARE_SIMD(float block_maxima(const float* logits, int64_t vocab, float* maxima);
-                    RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, double* sums);
+                    RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, float* sums);
                     void block_weights(const float* logits, int64_t count, RowShift shift, float* weights);
                     void score_row_backward(const RowGradArgs& args))
 
@@ -11,7 +11,7 @@ float block_maxima(const float* logits, int64_t vocab, float* maxima) {
   return HYBRID_PICK_SIMD(block_maxima)(logits, vocab, maxima);
 }
 
-RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, double* sums) {
+RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, float* sums) {
   return HYBRID_PICK_SIMD(weight_sums)(logits, vocab, shift, sums);
 }
 

@@ -7,8 +7,8 @@
 
 namespace hybrid {
 
-// A row is cut into blocks of 64 logits, whatever the vector width; sums halve a block until one lane is left and then
-// run over the blocks in order. So a row's bits depend on its logits alone.
+// A row is cut into blocks of 64 logits. Each block is folded in float onto the lanes of one vector, and the lanes are summed over
+// the blocks in double: two to four roundings in float, in one order, so that a row's bits depend on its logits alone.
 inline constexpr int64_t kRowBlock = 64;
 inline int64_t row_blocks(int64_t vocab) { return (vocab + kRowBlock - 1) / kRowBlock; }
 
@@ -25,9 +25,9 @@ struct RowSums {
 // maxima[row_blocks(vocab)]: each block's greatest logit. Returns the row's.
 float block_maxima(const float* logits, int64_t vocab, float* maxima);
 
-// sums[row_blocks(vocab)] receives each block's weight when not nullptr; the totals add them up in that order.
+// sums[row_blocks(vocab)], if not nullptr, receives each block's weight in float; the totals do not depend on it.
 // A NaN anywhere, +inf, or nothing but -inf makes the totals NaN.
-RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, double* sums);
+RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, float* sums);
 
 // weights[0 .. count): the very values that weight_sums adds up. count <= kRowBlock.
 void block_weights(const float* logits, int64_t count, RowShift shift, float* weights);

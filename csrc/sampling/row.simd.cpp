@@ -26,20 +26,28 @@ Block load_block(const float* logits, int64_t count) {
   return block;
 }
 
-// Halves the block until one vector is left, then the vector (in double) until one lane is left.
-double sum_block(Block block) {
+// Halves the block until one vector is left.
+Vec fold(Block block) {
   for (int64_t half = kVecs / 2; half > 0; half /= 2) {
     for (int64_t i = 0; i < half; ++i) block.vec[i] += block.vec[i + half];
   }
-  float lanes[Vec::width];
-  block.vec[0].store(lanes);
-  double wide[Vec::width];
-  for (int64_t i = 0; i < Vec::width; ++i) wide[i] = lanes[i];
-  for (int64_t half = Vec::width / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) wide[i] += wide[i + half];
-  }
-  return wide[0];
+  return block.vec[0];
 }
+
+// A running sum of vectors, each lane in double.
+class WideSum {
+ public:
+  void add(Vec x) { lanes_ += __builtin_convertvector(x.v, Wide); }
+  double total() const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < Vec::width; ++i) sum += lanes_[i];
+    return sum;
+  }
+
+ private:
+  typedef double Wide __attribute__((vector_size(kVecWidth * sizeof(double))));
+  Wide lanes_{};
+};
 
 // (x - m) / temperature. The quotient is a product with 1 / temperature in two floats: as good as a division, and cheaper.
 // From -200 down every weight is exactly 0, so the difference is cut there and 0 * infinity cannot arise.
@@ -75,9 +83,9 @@ float block_maxima(const float* logits, int64_t vocab, float* maxima) {
   return reduce_max(row_max);
 }
 
-RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, double* sums) {
+RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, float* sums) {
   const Exponent exponent(shift);
-  RowSums total{0.0, 0.0};
+  WideSum weight_sum, weighted_sum;
   for (int64_t begin = 0, b = 0; begin < vocab; begin += kRowBlock, ++b) {
     Block weight = load_block(logits + begin, vocab - begin), weighted;
     for (int64_t i = 0; i < kVecs; ++i) {
@@ -85,12 +93,12 @@ RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, double* 
       weight.vec[i] = exp(e);
       weighted.vec[i] = weight.vec[i] * e;
     }
-    const double sum = sum_block(weight);
-    if (sums != nullptr) sums[b] = sum;
-    total.weight += sum;
-    total.weighted += sum_block(weighted);
+    const Vec folded = fold(weight);
+    weight_sum.add(folded);
+    weighted_sum.add(fold(weighted));
+    if (sums != nullptr) sums[b] = reduce_add(folded);
   }
-  return total;
+  return {weight_sum.total(), weighted_sum.total()};
 }
 
 void block_weights(const float* logits, int64_t count, RowShift shift, float* weights) {

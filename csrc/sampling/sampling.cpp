@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <iterator>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "common/philox.h"
@@ -17,18 +19,17 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Buffers of one thread, grown to the largest vocabulary seen: sampling a token allocates nothing after the first.
 struct Scratch {
-  std::vector<float> maxima;
-  std::vector<double> sums;
-  std::vector<float> order;
-  std::vector<Candidate> candidates;
-};
+  std::vector<float> maxima, sums;            // [row_blocks(vocab)]
+  std::vector<float> order;                   // copy of maxima to be partitioned
+  std::vector<Candidate> candidates, working;  // candidates is at least [vocab + 1] long when truncating
 
-Scratch& scratch_for(int64_t vocab) {
-  thread_local Scratch scratch;
-  scratch.maxima.resize(row_blocks(vocab));
-  scratch.sums.resize(row_blocks(vocab));
-  return scratch;
-}
+  static Scratch& of_this_thread(int64_t vocab) {
+    thread_local Scratch scratch;
+    scratch.maxima.resize(row_blocks(vocab));
+    scratch.sums.resize(row_blocks(vocab));
+    return scratch;
+  }
+};
 
 // The log-probability is formed in double from the exact logits: one rounding, on top of the error of log S.
 RowScore finish_score(float target_logit, RowShift shift, RowSums sums) {
@@ -39,16 +40,17 @@ RowScore finish_score(float target_logit, RowShift shift, RowSums sums) {
           static_cast<float>(shift.max / static_cast<double>(shift.temperature) + log_sum)};
 }
 
-// Index of the first token at which the running sum of weights exceeds `aim`; the last one of positive weight when rounding
-// leaves the sum short.
+// Index at which the running sum of weights first exceeds `aim`, and in `before` the sum up to it. The last one of positive weight
+// where rounding leaves the sum short.
 template <typename WeightAt>
-int64_t first_exceeding(int64_t count, double aim, const WeightAt& weight_at) {
+int64_t invert(int64_t count, double aim, double* before, const WeightAt& weight_at) {
   double sum = 0.0;
   int64_t last = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double weight = weight_at(i);
     if (weight <= 0.0) continue;
     last = i;
+    *before = sum;
     sum += weight;
     if (sum > aim) break;
   }
@@ -56,19 +58,21 @@ int64_t first_exceeding(int64_t count, double aim, const WeightAt& weight_at) {
 }
 
 // The whole vocabulary: find the block from the block sums, then the token within it.
-int64_t draw_from_all(const float* logits, int64_t vocab, RowShift shift, const std::vector<double>& sums, double aim) {
-  const int64_t block = first_exceeding(row_blocks(vocab), aim, [&](int64_t b) { return sums[b]; });
-  double before = 0.0;
-  for (int64_t b = 0; b < block; ++b) before += sums[b];
+int64_t draw_from_all(const float* logits, int64_t vocab, RowShift shift, const std::vector<float>& sums, double uniform) {
+  double total = 0.0, before = 0.0;
+  for (const float sum : sums) total += sum;
+  const double aim = uniform * total;
+  const int64_t block = invert(row_blocks(vocab), aim, &before, [&](int64_t b) { return sums[b]; });
   const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, vocab - begin);
   float weights[kRowBlock];
   block_weights(logits + begin, count, shift, weights);
-  return begin + first_exceeding(count, aim - before, [&](int64_t i) { return static_cast<double>(weights[i]); });
+  double unused;
+  return begin + invert(count, aim - before, &unused, [&](int64_t i) { return weights[i]; });
 }
 
-int64_t draw_from_candidates(const std::vector<Candidate>& kept, double aim) {
-  const auto count = static_cast<int64_t>(kept.size());
-  return kept[first_exceeding(count, aim, [&](int64_t i) { return static_cast<double>(kept[i].weight); })].token;
+int64_t draw_from_candidates(std::span<const Candidate> kept, double aim) {
+  double unused;
+  return kept[invert(std::ssize(kept), aim, &unused, [&](int64_t i) { return kept[i].weight; })].token;
 }
 
 // A logit that the k-th greatest one cannot be below: k blocks hold at least one logit as great as the k-th block maximum.
@@ -89,52 +93,56 @@ float top_p_bound(RowShift shift, double total, int64_t vocab, float top_p) {
 }
 
 // Every token whose logit is at least `bound`, in vocabulary order.
-void gather_candidates(const float* logits, int64_t vocab, RowShift shift, float bound, Scratch& scratch) {
-  scratch.candidates.clear();
+std::span<Candidate> gather_candidates(const float* logits, int64_t vocab, RowShift shift, float bound, Scratch& scratch) {
+  if (std::ssize(scratch.candidates) <= vocab) scratch.candidates.resize(vocab + 1);
+  Candidate* next = scratch.candidates.data();
   for (int64_t b = 0; b < row_blocks(vocab); ++b) {
     if (scratch.maxima[b] < bound) continue;
     const int64_t begin = b * kRowBlock, count = std::min(kRowBlock, vocab - begin);
     float weights[kRowBlock];
     block_weights(logits + begin, count, shift, weights);
-    for (int64_t i = 0; i < count; ++i) {
-      if (logits[begin + i] < bound) continue;
-      scratch.candidates.push_back({static_cast<int32_t>(begin + i), ordered_key(logits[begin + i]), weights[i]});
+    for (int64_t i = 0; i < count; ++i) {  // written always, kept by moving on: no branch to mispredict
+      *next = {static_cast<int32_t>(begin + i), ordered_key(logits[begin + i]), weights[i]};
+      next += logits[begin + i] >= bound;
     }
   }
-}
-
-// Drops the candidates below `key`; returns the weight of the others.
-double keep_from(std::vector<Candidate>& candidates, uint32_t key) {
-  std::erase_if(candidates, [key](const Candidate& c) { return c.key < key; });
-  double weight = 0.0;
-  for (const Candidate& c : candidates) weight += c.weight;
-  return weight;
+  return {scratch.candidates.data(), next};
 }
 
 struct Kept {
+  std::span<Candidate> tokens;  // in vocabulary order; empty when nothing was cut
   double weight;
   float threshold;
 };
 
-// Leaves in scratch.candidates the tokens that top-k, then top-p of what top-k left, keep.
+// The candidates from `key` up, moved to the front.
+Kept keep_from(std::span<Candidate> candidates, uint32_t key) {
+  size_t kept = 0;
+  double weight = 0.0;
+  for (const Candidate c : candidates) {
+    candidates[kept] = c;
+    kept += c.key >= key;
+    weight += c.key >= key ? c.weight : 0.0f;
+  }
+  return {candidates.first(kept), weight, from_ordered_key(key)};
+}
+
+bool cuts_by_count(const SamplingRule& rule, int64_t vocab) { return rule.top_k > 0 && rule.top_k < vocab; }
+
+// Top-k, then top-p of what top-k left.
 Kept truncate(const float* logits, int64_t vocab, const SamplingRule& rule, RowShift shift, double total,
               Scratch& scratch) {
-  std::vector<Candidate>& candidates = scratch.candidates;
-  const bool by_count = rule.top_k > 0 && rule.top_k < vocab;
+  const bool by_count = cuts_by_count(rule, vocab);
   const float bound =
       by_count ? top_k_bound(scratch, rule.top_k) : top_p_bound(shift, total, vocab, rule.top_p);
-  gather_candidates(logits, vocab, shift, bound, scratch);
-  uint32_t key = 0;
-  double weight = total;
+  Kept kept{gather_candidates(logits, vocab, shift, bound, scratch), total, -kInfinity};
   if (by_count) {
-    key = threshold_by_count(candidates, static_cast<double>(rule.top_k));
-    weight = keep_from(candidates, key);
+    kept = keep_from(kept.tokens, threshold_by_count(kept.tokens, static_cast<double>(rule.top_k), scratch.working));
   }
   if (rule.top_p < 1.0f) {
-    key = threshold_by_weight(candidates, static_cast<double>(rule.top_p) * weight);
-    weight = keep_from(candidates, key);
+    kept = keep_from(kept.tokens, threshold_by_weight(kept.tokens, rule.top_p * kept.weight, scratch.working));
   }
-  return {weight, from_ordered_key(key)};
+  return kept;
 }
 
 int64_t first_equal(const float* logits, int64_t vocab, float value, const std::vector<float>& maxima) {
@@ -146,30 +154,28 @@ int64_t first_equal(const float* logits, int64_t vocab, float value, const std::
 }  // namespace
 
 RowScore score_row(const float* logits, int64_t vocab, int64_t target, float temperature) {
-  Scratch& scratch = scratch_for(vocab);
+  Scratch& scratch = Scratch::of_this_thread(vocab);
   const RowShift shift{block_maxima(logits, vocab, scratch.maxima.data()), temperature};
   return finish_score(logits[target], shift, weight_sums(logits, vocab, shift, nullptr));
 }
 
 Sampled sample_row(const float* logits, int64_t vocab, const SamplingRule& rule, uint64_t sample, uint32_t position) {
   const bool greedy = rule.temperature == 0.0f;
-  Scratch& scratch = scratch_for(vocab);
+  Scratch& scratch = Scratch::of_this_thread(vocab);
   const RowShift shift{block_maxima(logits, vocab, scratch.maxima.data()), greedy ? 1.0f : rule.temperature};
   const RowSums sums = weight_sums(logits, vocab, shift, scratch.sums.data());
   if (!(sums.weight > 0.0) || !std::isfinite(sums.weight)) return {-1, NAN, NAN, NAN, NAN};
 
   int64_t token;
-  Kept kept{sums.weight, -kInfinity};
+  Kept kept{{}, sums.weight, -kInfinity};
+  const double uniform = philox_uniform(rule.seed, sample, position);
   if (greedy) {
     token = first_equal(logits, vocab, shift.max, scratch.maxima);
+  } else if (cuts_by_count(rule, vocab) || rule.top_p < 1.0f) {
+    kept = truncate(logits, vocab, rule, shift, sums.weight, scratch);
+    token = draw_from_candidates(kept.tokens, uniform * kept.weight);
   } else {
-    const double uniform = philox_uniform(rule.seed, sample, position);
-    if ((rule.top_k > 0 && rule.top_k < vocab) || rule.top_p < 1.0f) {
-      kept = truncate(logits, vocab, rule, shift, sums.weight, scratch);
-      token = draw_from_candidates(scratch.candidates, uniform * kept.weight);
-    } else {
-      token = draw_from_all(logits, vocab, shift, scratch.sums, uniform * sums.weight);
-    }
+    token = draw_from_all(logits, vocab, shift, scratch.sums, uniform);
   }
   const RowScore score = finish_score(logits[token], shift, sums);
   const double kept_mass = std::min(1.0, kept.weight / sums.weight);

@@ -1,8 +1,8 @@
 // Top-k and top-p as a search for the least logit kept, without sorting the vocabulary. Internal to csrc/sampling.
 #pragma once
 #include <bit>
-#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace hybrid {
@@ -23,8 +23,9 @@ struct Candidate {
 };
 
 // The greatest key whose candidates at or above it count at least `wanted`, or weigh at least `wanted`: an exact answer from
-// repeated histograms of key ranges. If all together fall short, the least key. `candidates` must not be empty.
-uint32_t threshold_by_count(const std::vector<Candidate>& candidates, double wanted);
-uint32_t threshold_by_weight(const std::vector<Candidate>& candidates, double wanted);
+// histograms of ever finer key ranges. If all together fall short, the least key. `candidates` must not be empty; `work` is
+// overwritten.
+uint32_t threshold_by_count(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work);
+uint32_t threshold_by_weight(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work);
 
 }  // namespace hybrid
