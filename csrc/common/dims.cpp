@@ -2,12 +2,10 @@
 
 #include <c10/util/Exception.h>
 
-#include <cctype>
-
 namespace hybrid {
 namespace {
 
-bool is_literal(const std::string& symbol) { return std::isdigit(static_cast<unsigned char>(symbol[0])) != 0; }
+bool is_literal(const std::string& symbol) { return symbol.find_first_not_of("0123456789") == std::string::npos; }
 
 std::string bracketed(const std::vector<std::string>& parts) {
   std::string text = "[";

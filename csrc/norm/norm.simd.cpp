@@ -23,19 +23,30 @@ void for_each_row(int64_t rows, int64_t cols, const Fn& fn) {
   });
 }
 
-// Sum of term(i, lanes) over a row in four interleaved chains, which hide the latency of the adds. term gives 0 in idle lanes.
+// Sum of term(i, lanes) over [begin, end) in four interleaved chains, which hide the latency of the adds.
 template <typename Term>
-float sum_row(int64_t cols, const Term& term) {
+Vec sum_block(int64_t begin, int64_t end, const Term& term) {
   constexpr int64_t step = 4 * Vec::width;
   Vec total[4];
-  int64_t i = 0;
-  for (; i + step <= cols; i += step) {
+  int64_t i = begin;
+  for (; i + step <= end; i += step) {
     for (int chain = 0; chain < 4; ++chain) total[chain] += term(i + chain * Vec::width, Vec::width);
   }
-  for (int chain = 0; i < cols; i += Vec::width, ++chain) {
-    total[chain] += term(i, cols - i < Vec::width ? cols - i : Vec::width);
+  for (int chain = 0; i < end; i += Vec::width, ++chain) {
+    total[chain] += term(i, end - i < Vec::width ? end - i : Vec::width);
   }
-  return reduce_add((total[0] + total[1]) + (total[2] + total[3]));
+  return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// Sum of term over a row, which gives 0 in idle lanes. Blocks keep the running sums short, hence accurate, in long rows.
+template <typename Term>
+float sum_row(int64_t cols, const Term& term) {
+  constexpr int64_t kBlock = 2048;
+  Vec total;
+  for (int64_t begin = 0; begin < cols; begin += kBlock) {
+    total += sum_block(begin, cols - begin < kBlock ? cols : begin + kBlock, term);
+  }
+  return reduce_add(total);
 }
 
 // The row to normalise: x itself, or x + residual once that has been written to sum.
@@ -89,8 +100,8 @@ void layer_norm_row(const NormArgs& args, int64_t row) {
   if (args.rstd) args.rstd[row] = rstd;
 }
 
-// With n = (x - mean) rstd and g = grad_y weight:  grad_x = rstd (g - mean(g) - n mean(g n)); RMSNorm drops both means of the
-// first kind. Adds grad_y n and grad_y to the block's partial sums.
+// With n = (x - mean) rstd and g = grad_y weight:  grad_x = rstd (g - mean(g) - n mean(g n)); RMSNorm has neither mean nor
+// mean(g). Adds grad_y n and grad_y to the block's partial sums.
 template <bool kCentered>
 void backward_row(const NormBackwardArgs& args, int64_t row, float* weight_sum, float* bias_sum) {
   const float* grad_y = args.grad_y + row * args.cols;
