@@ -1,8 +1,8 @@
 """What the native library is made of, and how to compile it.
 
-``SPEC`` is the one list that all three builds read: ``setup.py`` (ahead of time), the loader (just in
-time, ``_jit.py``) and CMake (``python _build.py --cmake``). This file imports neither torch nor the rest
-of the package, so that it can be run where torch is absent.
+``SPEC`` is the one list that all three builds read: ``setup.py`` (ahead of time), the loader
+(just in time, ``_jit.py``) and CMake (``python _build.py --cmake``). This file imports neither
+torch nor the rest of the package, so that it can be run where torch is absent.
 
 A source ``*.simd.cpp`` becomes one object per instruction set, each with its own flags and with
 ``HYBRID_ISA`` naming its namespace; the choice among them is made when the library runs. Nothing is
@@ -26,11 +26,11 @@ from pathlib import Path
 
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
 
-# -ffp-contract=off: GCC's default fuses a*b+c wherever it happens to see both operations, which depends
-#   on inlining and vectorisation. A token must get the same bits in training, prefill and decode, so a
-#   fused multiply-add happens only where the source says fma(), never by the compiler's leave.
-# -fno-math-errno, -fno-trapping-math: no value changes; they let loops with sqrt and selects vectorise.
-# No -ffast-math and nothing of it that changes a value: sums keep the order they are written in.
+# -ffp-contract=off: GCC's default fuses a*b+c wherever it happens to see both operations, which
+#   depends on inlining and vectorisation. A token must get the same bits in training, prefill and
+#   decode, so a multiply-add is fused where the source says fma(), and nowhere else.
+# -fno-math-errno, -fno-trapping-math: no value changes; loops with sqrt and selects vectorise.
+# Nothing of -ffast-math that changes a value: sums keep the order they are written in.
 FLAGS = (
     "-std=c++20",
     "-O3",
@@ -45,7 +45,7 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Isa:
-    """An instruction set level: the namespace and the flags of its copy of a ``*.simd.cpp`` file."""
+    """An instruction set: the namespace and the flags of its copy of a ``*.simd.cpp`` file."""
 
     name: str
     flags: tuple[str, ...]
@@ -55,12 +55,19 @@ GENERIC = Isa("generic", ())
 AVX2 = Isa("avx2", ("-mavx2", "-mfma", "-mf16c"))
 AVX512 = Isa(
     "avx512",
-    (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"),
+    (
+        *AVX2.flags,
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mprefer-vector-width=512",
+    ),
 )
 
 
 def target_isas(machine: str | None = None) -> tuple[Isa, ...]:
-    """The levels that are compiled for a processor family (this one's by default), plainest first."""
+    """The levels compiled for a processor family (this one's by default), plainest first."""
     x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
     return (GENERIC, AVX2, AVX512) if x86 else (GENERIC,)
 
@@ -97,9 +104,9 @@ class KernelSpec:
     def units(self, csrc: Path) -> list[Unit]:
         """The objects in link order.
 
-        Of an inline function that several objects define, the linker keeps the first: plain objects come
-        before AVX2 and AVX-512 ones, so that a shared function never carries instructions that the
-        processor may lack.
+        Of an inline function that several objects define, the linker keeps the first: plain
+        objects come before AVX2 and AVX-512 ones, so that a shared function never carries
+        instructions that the processor may lack.
         """
         sources = self.sources(csrc)
         units = [
@@ -157,7 +164,9 @@ class Toolchain:
 
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(shlex.split(cxx)[0]) is None:
-            raise BuildError(f"no C++ compiler ({cxx}); install g++ 11 or newer, e.g. apt-get install g++")
+            raise BuildError(
+                f"no C++ compiler ({cxx}); install g++ 11 or newer, e.g. apt-get install g++"
+            )
         version = subprocess.run(
             [*shlex.split(cxx), "--version"], capture_output=True, text=True, check=True
         ).stdout.splitlines()[0]
@@ -172,8 +181,12 @@ class Toolchain:
 
     def includes(self) -> list[Path]:
         include = self.torch_root / "include"
-        paths = [include, include / "torch/csrc/api/include", Path(sysconfig.get_paths()["include"])]
-        if not (include / "pybind11").is_dir():  # torch carries the pybind11 it was built with; else ours
+        paths = [
+            include,
+            include / "torch/csrc/api/include",
+            Path(sysconfig.get_paths()["include"]),
+        ]
+        if not (include / "pybind11").is_dir():  # torch usually carries the one it was built with
             import pybind11
 
             paths.append(Path(pybind11.get_include()))
@@ -182,8 +195,9 @@ class Toolchain:
     def link_flags(self) -> tuple[str, ...]:
         """torch's libraries, and the OpenMP runtime that torch itself loaded.
 
-        Two OpenMP runtimes in one process would mean two thread pools, and torch.set_num_threads would
-        reach only one. A wheel that renames its copy (libgomp-<hash>.so.1) is linked by that file.
+        Two OpenMP runtimes in one process would mean two thread pools, and torch.set_num_threads
+        would reach only one. A wheel that renames its copy (libgomp-<hash>.so.1) is linked by
+        that file.
         """
         lib = self.torch_root / "lib"
         bundled = sorted(lib.glob("libgomp*.so*")) or sorted(
@@ -211,7 +225,8 @@ def write_ninja(csrc: Path, build_dir: Path, tools: Toolchain) -> Path:
     library = build_dir / "_C.so"
     includes = " ".join(f"-isystem {_escape(path)}" for path in tools.includes())
     flags = " ".join((*FLAGS, *WARNINGS, f"-I{_escape(csrc)}"))
-    torch_flags = " ".join((includes, *tools.torch_flags, "-O2"))  # they check and call: -O3 buys nothing
+    # Files that use torch check and call; -O3 would buy nothing there.
+    torch_flags = " ".join((includes, *tools.torch_flags, "-O2"))
     units = SPEC.units(csrc)
     lines = [
         "ninja_required_version = 1.5",
@@ -238,10 +253,10 @@ def compile_library(
     csrc: Path, build_dir: Path, tools: Toolchain, progress: Callable[[int, int], None]
 ) -> Path:
     """Builds (only what changed) in ``build_dir`` and returns the library; `BuildError` with the
-    compiler's own lines when it fails. ``progress(done, total)`` is called as objects are finished."""
+    compiler's own lines when it fails. ``progress(done, total)`` is called after each object."""
     build_dir.mkdir(parents=True, exist_ok=True)
     library = write_ninja(csrc, build_dir, tools)
-    command = [_ninja(), "-C", str(build_dir), f"-j{usable_cores()}"]
+    command = [_ninja(), "-C", str(build_dir), f"-j{usable_cores()}", "-k0"]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -253,7 +268,9 @@ def compile_library(
         if match := re.match(r"\[(\d+)/(\d+)\]", line):
             progress(int(match[1]), int(match[2]))
     if process.wait() != 0:
-        raise BuildError(f"{tools.cxx} failed ({tools.cxx_version}):\n" + "\n".join(_errors(output)))
+        raise BuildError(
+            f"{tools.cxx} failed ({tools.cxx_version}):\n" + "\n".join(_errors(output))
+        )
     return library
 
 
@@ -289,7 +306,7 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 def cmake_lists() -> str:
-    """The same lists as CMake ``set()`` commands; torch-free sources only, which is what CTest links."""
+    """The same lists as CMake ``set()`` commands: the torch-free sources, which CTest links."""
     csrc = find_csrc()
     units = [unit for unit in SPEC.units(csrc) if not unit.uses_torch]
     plain = [f"csrc/{unit.source}" for unit in units if unit.isa is None]

@@ -3,8 +3,8 @@
 ::
 
     CACHE/<configuration>/lock
-    CACHE/<configuration>/objects/         ninja's folder: an edited source rebuilds its own objects only
-    CACHE/<configuration>/<key>/_C.so      finished libraries, by the content of their sources
+    CACHE/<configuration>/objects/       ninja's folder: an edit rebuilds its own objects only
+    CACHE/<configuration>/<key>/_C.so    finished libraries, by the content of their sources
 
 A configuration is a source tree, a torch, a Python and a compiler.
 """
@@ -37,7 +37,7 @@ def cache_root() -> Path:
 
 
 def cached_library(csrc: Path, key: str) -> Path:
-    """The library with this key, from the cache or built now; `BuildError` when it does not compile."""
+    """The library with this key, from the cache or built now; `BuildError` if that fails."""
     tools = Toolchain.detect()
     home = cache_root() / _configuration(csrc, tools)
     library = home / key / LIBRARY
@@ -47,7 +47,7 @@ def cached_library(csrc: Path, key: str) -> Path:
     with _locked(home / "lock"):
         while not library.is_file():
             built = _compile(csrc, home / "objects", tools)
-            # A source saved during the build may be in it or not: publish only what the key describes.
+            # A source saved meanwhile may be in it or not: publish only what the key describes.
             if binary_key(csrc, tools.torch_version) == key:
                 _publish(built, library)
             else:
@@ -58,7 +58,14 @@ def cached_library(csrc: Path, key: str) -> Path:
 
 
 def _configuration(csrc: Path, tools: Toolchain) -> str:
-    parts = (str(csrc), tools.cxx, tools.cxx_version, tools.torch_version, str(tools.torch_root), sys.version)
+    parts = (
+        str(csrc),
+        tools.cxx,
+        tools.cxx_version,
+        tools.torch_version,
+        str(tools.torch_root),
+        sys.version,
+    )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     version = f"py{sys.version_info.major}{sys.version_info.minor}-torch{tools.torch_version}"
     return f"{version}-{digest}"
@@ -85,7 +92,7 @@ def _publish(built: Path, library: Path) -> None:
 
 
 def _forget_old(home: Path) -> None:
-    """Keeps the newest few libraries. A process that has an older one open keeps it until it ends."""
+    """Keeps the newest few libraries; a process that has an older one open is not disturbed."""
     finished = [path for path in home.glob(f"*/{LIBRARY}") if path.parent.name != "objects"]
     finished.sort(key=lambda path: path.stat().st_mtime)
     for library in finished[:-KEPT_LIBRARIES]:
@@ -112,5 +119,3 @@ def _show_progress(done: int, total: int) -> None:
 
 def _say(message: str) -> None:
     print(f"hybrid_kernels: {message}", file=sys.stderr, flush=True)
-
-

@@ -6,7 +6,8 @@ Environment variables (these four are all that the kernel library reads):
     ``auto`` (default) and ``cpu`` allow a build at first use, ``none`` forbids it. In ``setup.py``,
     ``cpu`` also makes a build ahead of time obligatory.
 ``HYBRID_KERNELS_REQUIRE_NATIVE``
-    ``1`` makes it an error when the native library, or a native kernel for given tensors, is missing.
+    ``1`` makes it an error when the native library, or a native kernel for given tensors, is
+    missing.
 ``HYBRID_KERNELS_CACHE``
     Where libraries are built; by default ``$XDG_CACHE_HOME/hybrid_kernels`` or
     ``~/.cache/hybrid_kernels``.
@@ -85,15 +86,17 @@ def _locate() -> Path:
     if ahead is not None:
         return ahead
     if build_mode() == "none":
-        raise BuildError("none was built ahead of time and HYBRID_KERNELS_BUILD=none forbids building one")
+        raise BuildError(
+            "none was built ahead of time and HYBRID_KERNELS_BUILD=none forbids building one"
+        )
     return _jit.cached_library(csrc, key)
 
 
 def ahead_of_time_library(package: Path, key: str) -> Path | None:
     """The installed library, if it was built from these sources for this torch and Python.
 
-    After an upgrade of torch, or an edit in a source checkout, the installed one no longer fits: its
-    key, written beside it by ``setup.py``, says so before it is loaded.
+    After an upgrade of torch, or an edit in a source checkout, the installed one no longer fits:
+    its key, written beside it by ``setup.py``, says so before it is loaded.
     """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         library = package / f"_C{suffix}"

@@ -18,7 +18,7 @@ Args = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Shape:
-    """A named problem size. Families read ``rows`` and ``cols`` in their own way (tokens, vocabulary ...)."""
+    """A named problem size. A family reads ``rows`` and ``cols`` in its own way."""
 
     name: str
     rows: int
@@ -26,7 +26,7 @@ class Shape:
     contiguous: bool = True
 
     def randn(self, rng: torch.Generator, *size: int) -> Tensor:
-        """Normal numbers; every second element of a wider tensor where the shape is not contiguous."""
+        """Normal numbers; every second one of a wider tensor where not contiguous."""
         if self.contiguous or not size:
             return torch.randn(*size, generator=rng)
         return torch.randn(*size[:-1], 2 * size[-1], generator=rng)[..., ::2]
@@ -69,11 +69,11 @@ class OpCase:
 
     Attributes:
         name: the wrapper's name, with a variant after a colon where there are several cases.
-        function: the wrapper; a pure function of its arguments (a mutating one is wrapped in a clone).
+        function: the wrapper, a pure function of its arguments (a mutating one gets clones).
         reference: the same in plain torch; given float64 arguments it computes in float64.
         make_inputs: ``(shape, rng)`` to float32 CPU arguments.
-        operators: schema operators that this case covers, each with a function from the wrapper's
-            arguments to the operator's; ``opcheck`` runs on them.
+        operators: schema operators that this case covers, each with a function from the
+            wrapper's arguments to the operator's; ``opcheck`` runs on them.
         differentiable: positions of the arguments that get a gradient.
         shapes: names in `SHAPES`.
         bad_inputs: mistakes with their messages.
@@ -111,9 +111,9 @@ class OpCase:
 def assert_as_accurate(actual: Tensor, exact: Tensor, plain: Tensor, factor: float = 2.0) -> None:
     """Asserts that ``actual`` is about as close to the truth as plain float32 torch is.
 
-    ``max|actual - exact| <= factor * max|plain - exact| + one ulp of the largest exact value``. The ulp
-    is there because plain torch may hit the exact value by luck. Outputs that are not floating must be
-    equal, and so must infinities and NaNs.
+    ``max|actual - exact| <= factor * max|plain - exact| + one ulp of the largest exact value``.
+    The ulp is there because plain torch may hit the exact value by luck. Outputs that are not
+    floating must be equal, and so must infinities and NaNs.
 
     Args:
         actual: float32, what is tested.

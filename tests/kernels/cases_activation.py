@@ -31,7 +31,9 @@ def _gated_backward(gate_up, kind):
 
 UNKNOWN = r": activation kind is 'swish'; expected relu, silu, gelu_tanh or gelu_erf$"
 BIAS_MISTAKES = (
-    BadInput("unknown-kind", lambda x, bias, kind: (x, bias, "swish"), "^bias_activation" + UNKNOWN),
+    BadInput(
+        "unknown-kind", lambda x, bias, kind: (x, bias, "swish"), "^bias_activation" + UNKNOWN
+    ),
     BadInput(
         "short-bias",
         lambda x, bias, kind: (x, torch.ones(7), kind),
@@ -39,7 +41,9 @@ BIAS_MISTAKES = (
     ),
 )
 GATED_MISTAKES = (
-    BadInput("unknown-kind", lambda gate_up, kind: (gate_up, "swish"), "^gated_activation" + UNKNOWN),
+    BadInput(
+        "unknown-kind", lambda gate_up, kind: (gate_up, "swish"), "^gated_activation" + UNKNOWN
+    ),
     BadInput(
         "odd-width",
         lambda gate_up, kind: (gate_up[:, 1:], kind),

@@ -50,7 +50,11 @@ CASES = [
                 _with(1, lambda w: torch.ones(w.numel() + 1)),
                 r"^rms_norm: weight has shape \[124\]; expected \[N\] with N=123 \(from x\)$",
             ),
-            BadInput("scalar", _with(0, lambda x: torch.tensor(1.0)), r"x has shape \[\]; expected \[\.\.\., N\]"),
+            BadInput(
+                "scalar",
+                _with(0, lambda x: torch.tensor(1.0)),
+                r"x has shape \[\]; expected \[\.\.\., N\]",
+            ),
         ),
     ),
     OpCase(
@@ -92,7 +96,11 @@ CASES = [
         operators={"add_layer_norm": lambda *args: args},
         differentiable=(0, 1, 2, 3),
         bad_inputs=(
-            BadInput("shorter-row", _with(1, lambda r: r[:, 1:]), r"^add_layer_norm: residual has shape \[3, 122\]"),
+            BadInput(
+                "shorter-row",
+                _with(1, lambda r: r[:, 1:]),
+                r"^add_layer_norm: residual has shape \[3, 122\]",
+            ),
         ),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Native kernel or reference: the choice every wrapper makes, and what torch must know of a native one.
+"""Native kernel or reference: the choice of every wrapper, and what torch must know of kernels.
 
 A wrapper reads::
 
@@ -7,12 +7,12 @@ A wrapper reads::
             return reference.rms_norm(x, weight, eps)
         return torch.ops.hybrid_kernels.rms_norm(x, weight, eps)[0]
 
-and beside it one `register` call gives the operator's fake (shapes without data, for ``torch.compile``
-and meta tensors) and, where it is differentiable, its backward.
+and beside it one `register` call gives the operator's fake (shapes without data, for
+``torch.compile`` and meta tensors) and, where it is differentiable, its backward.
 
-Backwards are registered with ``torch.library`` on the operator itself rather than wrapped around it in a
-``torch.autograd.Function``: then the operator is differentiable for every caller, compiled code
-included, and ``torch.library.opcheck`` can verify it.
+Backwards are registered with ``torch.library`` on the operator itself rather than wrapped around
+it in a ``torch.autograd.Function``: then the operator is differentiable for every caller,
+compiled code included, and ``torch.library.opcheck`` can verify it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Registration:
         name = f"{NAMESPACE}::{self.op}"
         torch.library.register_fake(name, self.fake)
         if self.backward is not None:
-            # Backwards are kernels of their own, without a derivative: a second one is refused, not zero.
+            # A backward kernel has no derivative of its own: a second one is refused, not zero.
             backward = once_differentiable(self.backward)
             torch.library.register_autograd(name, backward, setup_context=self.setup_context)
 
@@ -63,8 +63,8 @@ def register(
     Args:
         op: its name in csrc/schema.cpp.
         fake: the operator's arguments to empty results of the right shape, dtype and device.
-        setup_context: ``(ctx, inputs, output)``: saves what the backward needs, and marks the outputs
-            that carry no gradient (``ctx.mark_non_differentiable``).
+        setup_context: ``(ctx, inputs, output)``: saves what the backward needs, and marks the
+            outputs that carry no gradient (``ctx.mark_non_differentiable``).
         backward: ``(ctx, *output_grads)`` to one gradient (or None) for each input.
     """
     _registrations.append(_Registration(op, fake, setup_context, backward))
@@ -80,7 +80,7 @@ def _native_ready() -> bool:
 
 
 def native_operator(op: str) -> Any:
-    """The registered operator ``torch.ops.hybrid_kernels.<op>``; RuntimeError without the library."""
+    """The operator ``torch.ops.hybrid_kernels.<op>``; RuntimeError without the library."""
     if not _native_ready():
         _loader.native_module()  # says why
     return getattr(torch.ops.hybrid_kernels, op).default

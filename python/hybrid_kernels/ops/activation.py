@@ -1,8 +1,8 @@
 """Activations fused with a bias (GPT-2, OPT) or a gate (Llama: Shazeer, "GLU Variants", 2020).
 
-Kinds: ``relu``; ``silu``, x sigmoid(x); ``gelu_erf``, x Phi(x) with the normal distribution Phi; and
-``gelu_tanh``, its approximation x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Hendrycks and Gimpel,
-"Gaussian Error Linear Units", 2016).
+Kinds: ``relu``; ``silu``, x sigmoid(x); ``gelu_erf``, x Phi(x) with the normal distribution Phi;
+and ``gelu_tanh``, its approximation x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Hendrycks
+and Gimpel, "Gaussian Error Linear Units", 2016).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
 
 
 def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
-    """``y = act(gate) * up`` in one pass, where ``gate_up`` is ``[gate | up]`` along the last dimension.
+    """``y = act(gate) * up`` in one pass; ``gate_up = [gate | up]`` along the last dimension.
 
     Args:
         gate_up: ``[..., 2F]`` float32.

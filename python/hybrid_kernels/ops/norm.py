@@ -16,7 +16,7 @@ from hybrid_kernels.reference import norm as reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: ``y = x * rstd * weight``, ``rstd = 1 / sqrt(mean(x^2) + eps)``.
+    """RMSNorm over the last dimension: ``y = x * weight / sqrt(mean(x^2) + eps)``.
 
     Args:
         x: ``[..., N]`` float32.
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        ``[..., N]`` float32. Statistics are float32; the backward recomputes from ``x`` and ``rstd``.
+        ``[..., N]`` float32. Statistics are float32; the backward recomputes from ``x``.
     """
     if not use_native("rms_norm", x, weight):
         return reference.rms_norm(x, weight, eps)
@@ -60,7 +60,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
         eps: added to the (biased) variance.
 
     Returns:
-        ``[..., N]`` float32. The variance is that of the deviations from the mean, computed after it.
+        ``[..., N]`` float32. The variance is computed after the mean, from the deviations.
     """
     if not use_native("layer_norm", x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps)
@@ -119,7 +119,9 @@ def _add_rms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(total, weight, rstd)
 
 
-def _add_rms_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _add_rms_backward(
+    ctx: Any, grad_y: Tensor, grad_sum: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     grad, grad_weight = torch.ops.hybrid_kernels.rms_norm_backward(grad_y, *ctx.saved_tensors)
     grad = grad + grad_sum
     return grad, grad, grad_weight, None
@@ -148,7 +150,9 @@ def _add_layer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.has_bias = bias is not None
 
 
-def _add_layer_backward(ctx: Any, grad_y: Tensor, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _add_layer_backward(
+    ctx: Any, grad_y: Tensor, grad_sum: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
     grad, grad_weight, grad_bias = torch.ops.hybrid_kernels.layer_norm_backward(
         grad_y, *ctx.saved_tensors
     )
