@@ -1,4 +1,7 @@
-"""Normalisation layers with an optional fused residual add."""
+"""Normalisation layers with an optional fused residual add.
+
+``norm(x)`` is ``y``; ``norm(x, residual)`` normalises ``x + residual`` and is ``(y, that sum)``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., N] -> [..., N]``."""
-        return ops.rms_norm(x, self.weight, self.eps)
-
-    def forward_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises ``x + residual``; returns that and the sum, both ``[..., N]``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``[..., N]`` to ``[..., N]``, or to two of them with a residual."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -37,12 +38,10 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.bias = nn.Parameter(torch.zeros(size)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., N] -> [..., N]``."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def forward_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises ``x + residual``; returns that and the sum, both ``[..., N]``."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """``[..., N]`` to ``[..., N]``, or to two of them with a residual."""
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
