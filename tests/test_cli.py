@@ -227,7 +227,7 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
 FINITE = st.floats(0, 1e300, allow_nan=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     values=st.fixed_dictionaries(
         {
