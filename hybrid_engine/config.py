@@ -257,8 +257,18 @@ class JudgeConfig:
         "rewards: 'model' (step 2), a directory of a reward model, file.py:function, or http://host/path; "
         "append *WEIGHT to weigh",
     )
+    http_timeout: float = option(60.0, "seconds to wait for an HTTP reward's answer")
+    http_retries: int = option(3, "further tries of an HTTP reward after a lost connection, a timeout or a busy server")
     unseen_judge: str = option(
         "none", "independent scorer of held-out answers, before and after", choices=("none", "imdb-tfidf", "vader")
+    )
+
+    def __post_init__(self) -> None:
+        require(len(self.rewards) > 0, "judge.rewards is empty; give at least one reward, such as 'model'")
+        require(self.http_timeout > 0, f"judge.http_timeout is {self.http_timeout}; give seconds above 0")
+        require(self.http_retries >= 0, f"judge.http_retries is {self.http_retries}; give 0 or more")
+    fluency: bool = option(
+        False, "measure how likely held-out answers are to the model that the run started from, before and after"
     )
 
 
@@ -270,6 +280,7 @@ class RunConfig:
     output_dir: str = option("output", "where models, metrics and checkpoints go", "--output-dir")
     seed: int = option(0, "seed of everything random", "--seed")
     resume: bool = option(False, "continue from the last checkpoint in the output directory", "--resume")
+    overwrite: bool = option(False, "train steps anew that the output directory has already", "--overwrite")
     num_gpus: int = option(
         0, "processes to start on this machine, one a GPU (CPU ranks where there is none); 0 runs in this process",
         "--num-gpus",
@@ -292,6 +303,7 @@ class RunConfig:
         require(self.zero_stage in (0, 1, 2, 3), f"--zero-stage is {self.zero_stage}; give 0, 1, 2 or 3")
         require(self.num_gpus >= 0, f"--num-gpus is {self.num_gpus}; give 0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints must be at least 1")
+        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other; give one")
 
 
 def require_batching(stage: str, config: SFTConfig | RewardConfig) -> None:
