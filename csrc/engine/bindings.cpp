@@ -123,12 +123,17 @@ py::dict result_to_dict(const GenerateResult& result) {
 }
 
 // Runs between passes without the GIL. It takes the GIL to let Ctrl-C through and to report progress, but only so often
-// that neither costs anything.
+// that neither costs anything; and for every token where someone wants to see each of them.
 class Heartbeat {
  public:
-  explicit Heartbeat(py::object on_progress) : on_progress_(std::move(on_progress)) {}
+  Heartbeat(py::object on_progress, py::object on_token)
+      : on_progress_(std::move(on_progress)), on_token_(std::move(on_token)) {}
 
   void operator()(const Progress& progress) {
+    if (!on_token_.is_none()) {
+      const py::gil_scoped_acquire gil;
+      for (const DrawnToken& drawn : progress.drawn) on_token_(drawn.sample, drawn.token);
+    }
     const auto now = Clock::now();
     const bool last = progress.done == progress.total;
     if (now < next_signal_check_ && !last) return;
@@ -142,7 +147,7 @@ class Heartbeat {
 
  private:
   using Clock = std::chrono::steady_clock;
-  py::object on_progress_;
+  py::object on_progress_, on_token_;
   Clock::time_point next_signal_check_{}, next_report_{};
 };
 
@@ -176,14 +181,14 @@ class BoundProgram {
     return pointers;
   }
 
-  py::dict generate(GenerateRequest request, py::object on_progress) {
+  py::dict generate(GenerateRequest request, py::object on_progress, py::object on_token) {
     refuse_while_running("generate");
     struct Running {
       bool& flag;
       explicit Running(bool& running) : flag(running) { flag = true; }
       ~Running() { flag = false; }
     } running(running_);
-    Heartbeat heartbeat(std::move(on_progress));
+    Heartbeat heartbeat(std::move(on_progress), std::move(on_token));
     GenerateResult result;
     {
       const py::gil_scoped_release no_gil;
@@ -216,18 +221,19 @@ void register_program(py::module_& m) {
              int64_t max_new_tokens, float temperature, int64_t top_k, float top_p, uint64_t seed,
              std::vector<uint64_t> sample_ids, std::vector<int64_t> stop_tokens, std::vector<double> expected_new,
              int64_t max_batch, int64_t max_prefill_rows, int64_t kv_bytes, bool keep_cache, bool poison_freed_blocks,
-             py::object on_progress) {
+             py::object on_progress, py::object on_token) {
             return program.generate({std::move(prompts), {temperature, top_k, top_p, seed}, samples_per_prompt,
                                      max_new_tokens, std::move(stop_tokens), std::move(sample_ids),
                                      std::move(expected_new), max_batch, max_prefill_rows, kv_bytes, keep_cache,
                                      poison_freed_blocks},
-                                    std::move(on_progress));
+                                    std::move(on_progress), std::move(on_token));
           },
           py::arg("prompts"), py::kw_only(), py::arg("samples_per_prompt"), py::arg("max_new_tokens"),
           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("sample_ids"),
           py::arg("stop_tokens"), py::arg("expected_new") = std::vector<double>{}, py::arg("max_batch") = 64,
           py::arg("max_prefill_rows") = 512, py::arg("kv_bytes") = 0, py::arg("keep_cache") = false,
           py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(),
+          py::arg("on_token") = py::none(),
           "Returns flat per-token tensors with offsets [samples + 1], finish_reasons and counters.");
 }
 

@@ -99,6 +99,7 @@ class Rollout {
       const auto position = static_cast<uint32_t>(result_.responses[draw.sample].tokens.size());
       sampled[i] = sample_row(logits + draw.logit_row * vocab, vocab, request_.rule, request_.sample_ids[draw.sample], position);
     });
+    drawn_.clear();
     std::vector<bool> finished(draws_.size());
     for (size_t i = 0; i < draws_.size(); ++i) finished[i] = record(draws_[i].sample, sampled[i]);
     return finished;
@@ -106,10 +107,15 @@ class Rollout {
 
   bool record(int64_t sample, const Sampled& drawn) {
     Response& response = result_.responses[sample];
+    if (drawn.token < 0) {
+      throw std::domain_error("generate: the logits for token " + std::to_string(response.tokens.size()) + " of sample " +
+                              std::to_string(sample) + " are no distribution (NaN or infinite): the weights have diverged");
+    }
     response.tokens.push_back(drawn.token);
     response.logprobs.push_back(drawn.logprob);
     response.entropies.push_back(drawn.entropy);
     response.kept_mass.push_back(drawn.kept_mass);
+    drawn_.push_back({sample, drawn.token});
     ++tokens_;
     const bool stopped = std::find(request_.stop_tokens.begin(), request_.stop_tokens.end(), drawn.token) !=
                          request_.stop_tokens.end();
@@ -120,7 +126,7 @@ class Rollout {
     return true;
   }
 
-  Progress progress() const { return {done_, static_cast<int64_t>(result_.responses.size()), tokens_}; }
+  Progress progress() const { return {done_, static_cast<int64_t>(result_.responses.size()), tokens_, drawn_}; }
 
   const GenerateRequest& request_;
   const std::vector<PromptRequest>& queue_;
@@ -129,6 +135,7 @@ class Rollout {
   GenerateResult result_;
   Pass pass_;
   std::vector<Draw> draws_;
+  std::vector<DrawnToken> drawn_;
   int64_t done_ = 0, tokens_ = 0;
 };
 

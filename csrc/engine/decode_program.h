@@ -49,8 +49,13 @@ struct GenerateResult {
   GenerateCounters counters;
 };
 
+struct DrawnToken {
+  int64_t sample, token;
+};
+
 struct Progress {
-  int64_t done, total, tokens;  // finished samples, all samples, tokens generated so far
+  int64_t done, total, tokens;           // finished samples, all samples, tokens generated so far
+  const std::vector<DrawnToken>& drawn;  // by the last pass
 };
 
 class DecodeProgram {
@@ -63,7 +68,7 @@ class DecodeProgram {
   const DecoderSpec& spec() const { return spec_; }
 
   // `between_passes` runs after every pass; what it throws ends the call cleanly.
-  // Throws std::invalid_argument for a request that cannot be served.
+  // Throws std::invalid_argument for a request that cannot be served, std::domain_error for logits that are not finite.
   GenerateResult generate(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);
 
  private:

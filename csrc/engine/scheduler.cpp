@@ -80,14 +80,15 @@ std::vector<PrefillChunk> Scheduler::next_prefill() {
 }
 
 bool Scheduler::can_admit(const Prompt& prompt) const {
-  // Waiting samples hold memory, so they go first: no new prompt while one waits.
-  return waiting_.empty() && free_slots() > 0 && least_blocks(prompt.request) <= unpromised();
+  // Waiting samples hold memory, so they go first: no new prompt while one waits, and at most the last one admitted has more
+  // samples than there are slots for.
+  return waiting_.empty() && live() + expected_live_ < limits_.max_batch && least_blocks(prompt.request) <= unpromised();
 }
 
 void Scheduler::admit(Prompt& prompt) {
   for (int64_t i = blocks_for(prompt.request.prompt_length); i > 0; --i) prompt.blocks.push_back(pool_.allocate());
   promised_ += own_blocks(prompt.request, prompt.request.samples == 1);
-  claimed_slots_ += std::min(prompt.request.samples, free_slots());
+  expected_live_ += prompt.request.samples;
 }
 
 void Scheduler::finish_prefill(int64_t index, const std::vector<int64_t>& survivors) {
@@ -98,8 +99,7 @@ void Scheduler::finish_prefill(int64_t index, const std::vector<int64_t>& surviv
   }
   prefilling_.erase(place);
   promised_ -= own_blocks(prompt.request, prompt.request.samples == 1);
-  // Prompts still in prefill keep one slot each; the rest is first come, first served.
-  claimed_slots_ = static_cast<int64_t>(prefilling_.size());
+  expected_live_ -= prompt.request.samples;
   prompt.waiting = static_cast<int64_t>(survivors.size());
   for (const int64_t sample : survivors) waiting_.push_back({sample, index});
   if (survivors.empty()) release(prompt.blocks);
@@ -107,7 +107,7 @@ void Scheduler::finish_prefill(int64_t index, const std::vector<int64_t>& surviv
 }
 
 void Scheduler::activate_waiting() {
-  while (!waiting_.empty() && free_slots() > 0 && try_activate(waiting_.front())) waiting_.pop_front();
+  while (!waiting_.empty() && live() < limits_.max_batch && try_activate(waiting_.front())) waiting_.pop_front();
 }
 
 bool Scheduler::try_activate(const Waiting& waiting) {

@@ -87,7 +87,6 @@ class Scheduler {
   void activate_waiting();
   bool try_activate(const Waiting& waiting);
   std::vector<int32_t> fork_blocks(Prompt& prompt, bool last);
-  int64_t free_slots() const { return limits_.max_batch - live() - claimed_slots_; }
   int64_t unpromised() const { return pool_.available() - promised_; }
   void release(const std::vector<int32_t>& blocks);
 
@@ -100,7 +99,7 @@ class Scheduler {
   KvBlockPool& pool_;
   BlockHooks hooks_;
   int64_t promised_ = 0;       // blocks that admitted prompts and live samples may still allocate
-  int64_t claimed_slots_ = 0;  // slots kept for samples of prompts in prefill
+  int64_t expected_live_ = 0;  // samples of the prompts in prefill
 };
 
 }  // namespace hybrid

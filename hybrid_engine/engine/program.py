@@ -1,0 +1,91 @@
+"""From a training module to the C++ program that generates from the same storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hybrid_kernels import native_module
+from torch import Tensor
+
+from hybrid_engine.engine.sampling import SamplingParams
+from hybrid_engine.errors import UserError
+from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
+from hybrid_engine.models.decoder import alibi_slopes
+
+
+class ProgramBuilder:
+    """Describes a `CausalLM` to the C++ side: spec, parameters by name, adapter scales."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+
+    def spec(self) -> dict[str, Any]:
+        return self.model.spec.as_dict()
+
+    def tensors(self, longest: int) -> dict[str, Tensor]:
+        """The module's own parameters, and the position tables for ``longest`` tokens.
+
+        Take them anew for every rollout: DeepSpeed re-points parameters into its own buffers.
+
+        Raises:
+            UserError: parameters that the CPU kernels cannot read.
+        """
+        spec = self.model.spec
+        tensors = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
+        for name, tensor in tensors.items():
+            _check_readable(name, tensor)
+        if spec.rope is not None:
+            cos, sin = rope_tables(spec.rope, longest, spec.max_positions)
+            tensors |= {"rope_cos": cos, "rope_sin": sin}
+        elif spec.positions == "alibi":
+            tensors["alibi_slopes"] = alibi_slopes(spec.heads)
+        return tensors
+
+    def lora_scales(self) -> dict[str, float]:
+        """alpha / r of every adapted linear layer."""
+        return {name: linear.lora_scale for name, linear in adapted_linears(self.model)}
+
+    def build(self) -> Any:
+        """A `DecodeProgram` of the native library; nothing is bound yet."""
+        return native_module().DecodeProgram(self.spec())
+
+    def bind(self, program: Any, longest: int) -> None:
+        """Point the program at the parameters as they lie now."""
+        program.bind(self.tensors(longest), self.lora_scales())
+
+
+def run_program(
+    program: Any,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    stop_tokens: list[int],
+    **options: Any,
+) -> dict[str, Any]:
+    """One call of ``DecodeProgram.generate``; flat tensors become one list a sample."""
+    flat = program.generate(
+        prompts,
+        samples_per_prompt=params.n,
+        max_new_tokens=params.max_new_tokens,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=params.seed,
+        stop_tokens=stop_tokens,
+        **options,
+    )
+    lengths = flat["offsets"].diff().tolist()
+    per_sample = {
+        name: [part.tolist() for part in flat[name].split(lengths)] if lengths else []
+        for name in ("tokens", "logprobs", "entropies", "kept_mass")
+    }
+    return {**per_sample, "finish_reasons": flat["finish_reasons"], "counters": flat["counters"]}
+
+
+def _check_readable(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        what = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        raise UserError(
+            f"generation reads float32 weights on the CPU, but {name} is {what}; "
+            'load the model with dtype="float32"'
+        )

@@ -1,0 +1,97 @@
+"""Generation by recomputing every sequence for every token: slow, short, and without a cache.
+
+It serves where there is no compiler for the native library, and as the oracle of its tests: the same
+arguments give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hybrid_kernels import ops
+from torch import Tensor
+
+from hybrid_engine.engine.sampling import SamplingParams
+from hybrid_engine.models import CausalLM, last_rows, pack
+
+
+@dataclass
+class _Sample:
+    place: int  # in the result
+    prompt: list[int]
+    sample_id: int
+    limit: int  # longest response
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    kept_mass: list[float] = field(default_factory=list)
+    reason: str = ""
+
+
+@torch.no_grad()
+def reference_generate(
+    model: CausalLM,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    stop_tokens: list[int],
+    sample_ids: list[int],
+    max_batch: int,
+    on_progress: Callable[[int, int, int], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Same results as :func:`hybrid_engine.engine.program.run_program`, one list a sample."""
+    context = model.spec.max_positions
+    samples = [
+        _Sample(i * params.n + j, prompt, sample_ids[i * params.n + j], min(params.max_new_tokens, context - len(prompt)))
+        for i, prompt in enumerate(prompts)
+        for j in range(params.n)
+    ]
+    waiting, live, drawn = list(reversed(samples)), [], 0
+    while waiting or live:
+        while waiting and len(live) < max_batch:
+            live.append(waiting.pop())
+        _append(live, _draw(model, live, params), frozenset(stop_tokens))
+        drawn += len(live)
+        for sample in live if on_token is not None else ():
+            on_token(sample.place, sample.tokens[-1])
+        live = [sample for sample in live if not sample.reason]
+        if on_progress is not None:
+            on_progress(len(samples) - len(waiting) - len(live), len(samples), drawn)
+    columns = ("tokens", "logprobs", "entropies", "kept_mass")
+    result: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in columns}
+    return {**result, "finish_reasons": [s.reason for s in samples], "counters": {}}
+
+
+def _draw(model: CausalLM, live: list[_Sample], params: SamplingParams) -> Any:
+    batch = pack([sample.prompt + sample.tokens for sample in live])
+    hidden = model.decoder(batch).index_select(0, last_rows(batch))
+    (logits,) = model.head(hidden)
+    return ops.sample(
+        logits,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        params.seed,
+        _int64([sample.sample_id for sample in live]),
+        _int64([len(sample.tokens) for sample in live]),
+    )
+
+
+def _append(live: list[_Sample], drawn: Any, stop_tokens: frozenset[int]) -> None:
+    columns = (drawn.token, drawn.logprob, drawn.entropy, drawn.kept_mass)
+    for sample, *values in zip(live, *(column.tolist() for column in columns), strict=True):
+        for row, value in zip(
+            (sample.tokens, sample.logprobs, sample.entropies, sample.kept_mass), values, strict=True
+        ):
+            row.append(value)
+        if sample.tokens[-1] in stop_tokens:
+            sample.reason = "stop"
+        elif len(sample.tokens) == sample.limit:
+            sample.reason = "length"
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
