@@ -43,6 +43,7 @@ class Reporter:
         self._warned: Counter[str] = Counter()
         self._capture: LibraryCapture | None = None
         self._closed = False
+        self._summary = SummaryFile(self.output_dir / "summary.json")
         if main:
             self._open_files()
             self._display = make_display(sys.stdout)
@@ -56,7 +57,6 @@ class Reporter:
             raise UserError(
                 f"--output-dir {self.output_dir}: {error.strerror} ({error.filename}); choose a writable directory"
             ) from None
-        self._summary = SummaryFile(self.output_dir / "summary.json")
 
     def __enter__(self) -> Reporter:
         self._capture = LibraryCapture(self._library_message)
@@ -125,10 +125,13 @@ class Reporter:
     def log(self, stage: str, iteration: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: `iteration` counts finished iterations (0: before the first), scalars may be tensors.
 
-        ``seconds_<phase>`` and ``tokens_per_second_<phase>`` since the last call are added; NaN and infinities become null
-        and are named under ``nonfinite``.
+        ``seconds_<phase>`` and ``tokens_per_second_<phase>`` since the last call are added; a value named ``tokens`` counts
+        for the phase ``train``. NaN and infinities become null and are named under ``nonfinite``.
         """
-        record = finite({"stage": stage, "iteration": iteration, **values, **self._clock.take()})
+        timings = self._clock.take()
+        if "tokens" in values and timings.get("seconds_train"):
+            timings.setdefault("tokens_per_second_train", float(values["tokens"]) / timings["seconds_train"])
+        record = finite({"stage": stage, "iteration": iteration, **values, **timings})
         if not self.main:
             return
         self._metrics.append(record)
@@ -179,6 +182,14 @@ class Reporter:
         """Merges `values` into the stage's object in summary.json."""
         if self.main:
             self._summary.merge(stage, values)
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says so far; empty on ranks other than 0."""
+        return self._summary.read() if self.main else {}
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json, on every rank; empty when there is none."""
+        return self._summary.read()
 
     def print_summary(self) -> None:
         """Shows summary.json as a table."""

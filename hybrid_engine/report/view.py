@@ -15,21 +15,23 @@ HISTORY = 24  # points of a sparkline
 # Metrics worth a glance, in the order shown; metrics.jsonl has all of them.
 HEADLINES = {
     "reward": "reward",
-    "score": "score",
     "kl": "kl",
     "loss": "loss",
     "policy_loss": "policy",
     "value_loss": "value",
     "entropy": "entropy",
-    "accuracy": "acc",
+    "accuracy": "accuracy",
     "margin": "margin",
-    "heldout_loss": "heldout",
-    "heldout_accuracy": "heldout acc",
     "response_length": "length",
     "grad_norm": "grad",
-    "learning_rate": "lr",
+    "actor_grad_norm": "grad",
+    "lr": "lr",
+    "actor_lr": "lr",
     "tokens_per_second_generate": "gen tok/s",
     "tokens_per_second_train": "train tok/s",
+    "heldout_loss": "heldout loss",
+    "heldout_accuracy": "heldout accuracy",
+    "heldout_reward": "heldout reward",
 }
 UNKNOWN_SHOWN = 5  # of a line without any headline
 

@@ -38,7 +38,7 @@ def run(report, iterations=3):
                 report.tick(2, 2, 20)
             with report.phase("train"):
                 report.tick(1, 1, 30)
-            report.log("rlhf", iteration, {"reward": iteration / 7, "kl": 0.5, "learning_rate": 1e-5})
+            report.log("rlhf", iteration, {"reward": iteration / 7, "kl": 0.5, "actor_lr": 1e-5})
 
 
 def test_plain_lines(tmp_path, capsys):
@@ -73,6 +73,23 @@ def test_stage_seconds_go_to_the_summary_of_a_finished_stage(tmp_path):
     assert set(summary) == {"rlhf"}
     assert set(summary["rlhf"]["phase_seconds"]) == {"generate", "train"}
     assert summary["rlhf"]["seconds"] >= sum(summary["rlhf"]["phase_seconds"].values())
+
+
+def test_tokens_of_a_record_give_the_speed_of_training(tmp_path):
+    with Reporter(tmp_path) as report, report.stage("sft", 1):
+        with report.phase("train"):
+            pass
+        report.log("sft", 1, {"loss": 1.0, "tokens": 1000.0})
+    (record,) = metrics(tmp_path)
+    assert record["tokens_per_second_train"] == 1000.0 / record["seconds_train"]
+
+
+def test_summary_can_be_read_on_every_rank(tmp_path):
+    with Reporter(tmp_path) as report:
+        assert report.summary() == {}
+        report.summarize("sft", {"done": True})
+    with Reporter(tmp_path, main=False) as report:
+        assert report.summary() == {"sft": {"done": True}}
 
 
 def test_stages_do_not_nest(tmp_path):
@@ -272,15 +289,24 @@ def test_summary_pairs_before_and_after():
         "loss_before": None,
         "loss_after": 2.0,
         "alone_after": 7,
+        "accuracy_before": 0.5,
+        "accuracy": 0.75,
+        "kl_se": 0.25,
+        "lonely_before": 1,
+        "lonely_se": 2,
+        "done": True,
         "seconds": 75.2,
         "phase_seconds": {"train": 3661},
         "nonfinite": ["loss_before"],
     }
     assert list(rows(values)) == [
         ("reward", "-0.5", "1.25", "+1.75 ± 0.1"),
-        ("kl", "", "3.2", ""),
+        ("kl", "", "3.2 ± 0.25", ""),
         ("loss", "-", "2", ""),
         ("alone_after", "", "7", ""),
+        ("accuracy", "0.5", "0.75", "+0.25"),
+        ("lonely_before", "", "1", ""),
+        ("lonely_se", "", "2", ""),
         ("seconds", "", "1:15", ""),
         ("phase_seconds.train", "", "1:01:01", ""),
         ("nonfinite", "", "loss_before", ""),
