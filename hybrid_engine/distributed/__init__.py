@@ -1,0 +1,1 @@
+"""Ranks: who they are (env), how they start (launch, process_group), how they talk (collectives)."""

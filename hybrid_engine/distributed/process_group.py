@@ -1,0 +1,131 @@
+"""Start and end of torch.distributed, with or without a launcher.
+
+DeepSpeed is never left to discover MPI or to pick an accelerator: by the time it is imported the
+process group exists and `DS_ACCELERATOR` says what the machine has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from hybrid_engine.distributed.env import RankEnv, rank_env
+
+# Set by our launcher: a pipe that closes when the launcher dies, and where a rank leaves its last words.
+LIFELINE_FD = "HYBRID_ENGINE_LIFELINE_FD"
+FAILURE_DIR = "HYBRID_ENGINE_FAILURE_DIR"
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The running process group and its key-value store."""
+
+    env: RankEnv
+    store: dist.Store
+    timeout: timedelta
+
+
+_world: World | None = None
+
+
+def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
+    """Join the process group once; later calls return the same world.
+
+    One process alone needs neither a port nor a launcher: its store lives in memory.
+    CPU tensors travel over gloo, CUDA tensors over NCCL.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    env = rank_env()
+    env.export(os.environ)
+    _watch_lifeline()
+    _report_uncaught()
+    _choose_accelerator(env)
+    store = _open_store(env, timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timeout,
+    )
+    _world = World(env, dist.PrefixStore("hybrid_engine", store), timeout)
+    return _world
+
+
+def shut_down() -> None:
+    """Leave the process group, so that the interpreter ends without a warning."""
+    global _world
+    if _world is not None:
+        dist.destroy_process_group()
+        _world = None
+
+
+def current_world() -> World | None:
+    """The world that :func:`initialise` joined, or None in a process that never did."""
+    return _world
+
+
+def report_failure(message: str) -> None:
+    """Leave this rank's error where the launcher looks for the earliest one."""
+    directory = os.environ.get(FAILURE_DIR)
+    if directory:
+        path = Path(directory) / f"rank-{rank_env().rank}.json"
+        path.write_text(json.dumps({"time": time.time(), "message": message}))
+
+
+def _report_uncaught() -> None:
+    """Time-stamp any uncaught error: when one rank fails, its peers fail too, a little later."""
+    if FAILURE_DIR not in os.environ:
+        return
+    show = sys.excepthook
+
+    def report_and_show(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        report_failure(f"{kind.__name__}: {error}")
+        show(kind, error, trace)
+
+    sys.excepthook = report_and_show
+
+
+def _open_store(env: RankEnv, timeout: timedelta) -> dist.Store:
+    if env.world_size == 1:
+        return dist.HashStore()
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    return store
+
+
+def _choose_accelerator(env: RankEnv) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(env.local_rank % torch.cuda.device_count())
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def _watch_lifeline() -> None:
+    """End with the launcher: an orphaned rank would go on writing into the output directory."""
+    descriptor = os.environ.pop(LIFELINE_FD, None)
+    if descriptor is None:
+        return
+
+    def wait_for_end_of_file() -> None:
+        os.read(int(descriptor), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end_of_file, name="launcher-lifeline", daemon=True).start()

@@ -1,0 +1,305 @@
+"""One module trained by one DeepSpeed engine.
+
+What this adds to DeepSpeed: losses that are sums with a global normaliser, a gradient norm and a
+finiteness check in every ZeRO stage, a schedule whose whole state is a step count, and checkpoints
+that leave out frozen weights but notice when they have changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_engine.config import OptimizerConfig
+from hybrid_engine.distributed import process_group
+from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, world_size
+from hybrid_engine.engine import deepspeed_config as settings
+from hybrid_engine.engine.nonfinite import NonFiniteGuard
+from hybrid_engine.engine.optim import build_adamw, learning_rate
+from hybrid_engine.errors import UserError
+
+_TAG = "engine"
+_STATE_FILE = "train_engine.json"
+
+
+class TrainEngine:
+    """Trains the parameters of `module` that require a gradient.
+
+    Args:
+        module: fp32, bf16 or fp16 parameters, equal on all ranks (rank 0's are broadcast).
+        optimizer: AdamW, schedule, clipping.
+        total_steps: optimizer steps of the whole schedule.
+        deepspeed_config: the user's DeepSpeed settings, as :func:`read_user_json` returns them, with
+            `zero_optimization.stage` for the ZeRO stage. Empty is plain data parallelism.
+        name: for messages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        deepspeed_config: Mapping[str, Any] | None = None,
+        name: str = "model",
+    ) -> None:
+        process_group.initialise()
+        self.module = module
+        self._config = optimizer
+        self._total_steps = total_steps
+        self._name = name
+        self._settings = settings.complete(
+            dict(deepspeed_config or {}),
+            _trained_dtype(module),
+            world_size(),
+            optimizer.max_grad_norm,
+        )
+        self.zero_stage = settings.zero_stage(self._settings)
+        self._frozen_checksum = _frozen_checksum(module)
+        self._guard = NonFiniteGuard(module, name, optimizer.max_bad_steps)
+        self._optimizer = build_adamw(module, optimizer)
+        self._bare_norm: float | None = None
+        if settings.clips_outside(self._settings):
+            self._optimizer.register_step_pre_hook(self._clip_bare_optimizer)
+        self._engine = _initialise_deepspeed(module, self._optimizer, self._settings)
+        self.steps = 0  # calls of step(), skipped ones included: the schedule's position
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the coming step."""
+        return learning_rate(self.steps, self._total_steps, self._config)
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._guard.skipped
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        return self._optimizer
+
+    def backward(self, loss_sum: Tensor, normaliser: float) -> None:
+        """Accumulate the gradient of `loss_sum / normaliser`.
+
+        `loss_sum` is a sum over this rank's micro-batch, `normaliser` the count (tokens, pairs) of the
+        whole accumulation batch over all ranks. The accumulated gradient is then
+        sum over ranks and micro-batches of d(loss_sum) / normaliser, whatever their number:
+        DeepSpeed averages over ranks, which the factor world_size undoes.
+
+        Under ZeRO-2 and 3 every rank must call this equally often (gradients are reduced here).
+        A non-finite loss makes the gradient NaN, so that the step is skipped on every rank.
+        """
+        self._guard.watch(loss_sum)
+        scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
+        scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
+        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, clear gradients. Returns the global gradient norm before clipping.
+
+        A step whose gradient is not finite changes nothing and returns inf or nan.
+
+        Raises:
+            UserError: `max_bad_steps` of those in a row, naming what was not finite.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.lr
+        self._engine.step()
+        self.steps += 1
+        applied, norm = self._outcome()
+        if applied:
+            self._guard.good_step()
+        else:
+            self._guard.bad_step(expected=self._engine.fp16_enabled())
+        return norm
+
+    def _outcome(self) -> tuple[bool, float]:
+        if self._bare_norm is not None:
+            return math.isfinite(self._bare_norm), self._bare_norm
+        if not self._engine.was_step_applied():
+            return False, math.inf
+        return True, float(self._engine.get_global_grad_norm())
+
+    def _clip_bare_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """ZeRO-0 in fp32: runs between DeepSpeed's all-reduce and the update."""
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self._bare_norm = float(norm)
+        if not math.isfinite(self._bare_norm):
+            for parameter in parameters:
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        elif self._config.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, norm)
+
+    # Parameters as a whole, for saving and for averaging.
+
+    def local_parameters(self) -> dict[str, Tensor]:
+        """What this rank holds of each trainable parameter: all of it, or its flat ZeRO-3 shard."""
+        return {
+            name: getattr(p, "ds_tensor", p).detach()
+            for name, p in self.module.named_parameters()
+            if p.requires_grad
+        }
+
+    @contextmanager
+    def full_parameters(self) -> Iterator[nn.Module]:
+        """The module with every parameter whole, on every rank; ZeRO-3 gathers them all at once.
+
+        For reading: changes are lost under ZeRO-3.
+        """
+        with self._gathered(list(self.module.parameters())):
+            yield self.module
+
+    @contextmanager
+    def parameters_replaced(self, local: Mapping[str, Tensor]) -> Iterator[None]:
+        """Show other values (an average) in place of the trained ones, for saving; then restore them.
+
+        `local` is keyed and shaped like :meth:`local_parameters`. Do not train inside.
+        """
+        held = self.local_parameters()
+        kept = {name: held[name].clone() for name in local}
+        try:
+            self._overwrite(local)
+            yield
+        finally:
+            self._overwrite(kept)
+
+    @torch.no_grad()
+    def _overwrite(self, local: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            if name not in local:
+                continue
+            getattr(parameter, "ds_tensor", parameter).detach().copy_(local[name])
+            if (
+                self.zero_stage == 3 and parameter.numel() > 0
+            ):  # small: ZeRO-3 keeps it gathered too
+                shape = parameter.ds_shape  # type: ignore[attr-defined]
+                whole = all_gather_tensor(local[name]).flatten()
+                parameter.detach().copy_(whole[: math.prod(shape)].view(shape))
+
+    def gathered_state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and buffer on rank 0's CPU, gathered one at a time; empty on other ranks.
+
+        Tied parameters share their tensor; without ZeRO-3 on a CPU the tensors are the live ones.
+        """
+        copies: dict[int, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in copies:
+                with self._gathered([parameter]):
+                    if is_main():
+                        value = parameter.detach().cpu()
+                        copies[id(parameter)] = value.clone() if self.zero_stage == 3 else value
+                    else:
+                        copies[id(parameter)] = torch.empty(0)
+            if is_main():
+                state[name] = copies[id(parameter)]
+        if is_main():
+            state |= {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
+        return state
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        if self.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+
+    # Checkpoints.
+
+    def save(self, directory: str | Path) -> None:
+        """Write optimizer, trainable parameters and schedule; every rank calls this."""
+        directory = Path(directory)
+        self._engine.save_checkpoint(
+            str(directory),
+            tag=_TAG,
+            client_state={},
+            save_latest=False,
+            exclude_frozen_parameters=True,
+        )
+        if is_main():
+            state = {
+                "steps": self.steps,
+                "skipped": self._guard.skipped,
+                "consecutive_bad": self._guard.consecutive,
+                "frozen_checksum": self._frozen_checksum,
+                "world_size": world_size(),
+                "zero_stage": self.zero_stage,
+            }
+            (directory / _STATE_FILE).write_text(json.dumps(state))
+
+    def load(self, directory: str | Path) -> None:
+        """Continue from :meth:`save`, bit for bit. Frozen parameters stay as the module was built.
+
+        Raises:
+            UserError: other frozen weights, another number of ranks or ZeRO stage than at saving.
+        """
+        directory = Path(directory)
+        state = json.loads((directory / _STATE_FILE).read_text())
+        for key, value, what in (
+            ("world_size", world_size(), "number of ranks"),
+            ("zero_stage", self.zero_stage, "ZeRO stage"),
+            ("frozen_checksum", self._frozen_checksum, "checksum of the frozen weights"),
+        ):
+            if state[key] != value:
+                raise UserError(
+                    f"cannot resume {self._name} from {directory}: its {what} was {state[key]}, now it is {value}; "
+                    "resume with the settings and models of the interrupted run"
+                )
+        self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
+        self.steps = state["steps"]
+        self._guard.skipped = state["skipped"]
+        self._guard.consecutive = state["consecutive_bad"]
+
+
+def _trained_dtype(module: nn.Module) -> torch.dtype:
+    dtypes = {p.dtype for p in module.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise UserError(
+            f"trainable parameters have several dtypes {sorted(map(str, dtypes))}; convert them to one"
+        )
+    return dtypes.pop() if dtypes else torch.float32
+
+
+def _frozen_checksum(module: nn.Module) -> int:
+    """CRC-32 over names and bytes of the parameters that checkpoints leave out."""
+    checksum = 0
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
+    return checksum
+
+
+def _initialise_deepspeed(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> Any:
+    debug = logging.getLogger("hybrid_engine").isEnabledFor(logging.DEBUG)
+    # DeepSpeed announces itself at import and at each engine; imports take seconds, hence here.
+    os.environ.setdefault("DS_LOG_LEVEL", "info" if debug else "error")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.INFO if debug else logging.ERROR)
+    # Its shared-memory all-reduce serves tensor-parallel inference only, and compiles for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed's spelling of torch's collectives, nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
