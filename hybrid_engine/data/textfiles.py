@@ -70,7 +70,7 @@ def describe(value: Any) -> str:
 
 def parse_json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())  # so that an error stays on the line
     except json.JSONDecodeError as error:
         raise BadRow(f"bad JSON: {error.msg} (column {error.colno}); mend or remove the row") from None
 
