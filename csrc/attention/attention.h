@@ -36,6 +36,27 @@ struct AttentionArgs {
 };
 void attention_forward(const AttentionArgs& args);
 
+// Gradients of attention_forward over packed sequences that start at position 0. Probabilities are computed again from lse.
+struct AttentionBackwardArgs {
+  const float* q;         // [T, H, D], row stride q_stride
+  const float* k;         // [T, KH, D], row stride kv_stride
+  const float* v;         // [T, KH, D], row stride kv_stride
+  const float* out;       // [T, H, D] contiguous, as are all below
+  const float* grad_out;  // [T, H, D]
+  const float* lse;       // [H, T]
+  float* grad_q;          // [T, H, D]
+  float* grad_k;          // [T, KH, D]
+  float* grad_v;          // [T, KH, D]
+  const int32_t* cu_seqlens;  // [num_sequences + 1]
+  int64_t num_sequences, tokens;
+  int64_t heads, kv_heads, head_dim;
+  int64_t q_stride, kv_stride;
+  float scale;
+  const float* alibi_slopes;  // [H] or nullptr
+  int64_t window;
+};
+void attention_backward(const AttentionBackwardArgs& args);
+
 // Rotary embedding, half-split convention (as transformers): rotates the first rotary_dim of each head.
 // out may alias in.
 struct RopeArgs {

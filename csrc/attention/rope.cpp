@@ -1,0 +1,17 @@
+#include "attention/attention.h"
+#include "common/isa.h"
+
+namespace hybrid {
+
+HYBRID_DECLARE_SIMD(void rope(const RopeArgs& args))
+HYBRID_DECLARE_SIMD(void kv_append(const float* k, const float* v, int64_t row_stride, int64_t rows, const int64_t* slots,
+                                   const KvCacheLayout& layout, float* cache))
+
+void rope(const RopeArgs& args) { HYBRID_PICK_SIMD(rope)(args); }
+
+void kv_append(const float* k, const float* v, int64_t row_stride, int64_t rows, const int64_t* slots,
+               const KvCacheLayout& layout, float* cache) {
+  HYBRID_PICK_SIMD(kv_append)(k, v, row_stride, rows, slots, layout, cache);
+}
+
+}  // namespace hybrid

@@ -1,0 +1,75 @@
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <numeric>
+#include <vector>
+
+#include "common/dims.h"
+#include "linear/linear.h"
+
+namespace hybrid {
+namespace {
+
+using at::Tensor;
+
+void add_low_rank_(const Tensor& x, const Tensor& y, const Tensor& lora_a, const Tensor& lora_b, double scale,
+                   at::IntArrayRef splits, const Dims& dims) {
+  const int64_t width = dims["S*R"];
+  const Tensor a = lora_a.contiguous(), b = lora_b.contiguous();
+  const Tensor scratch = at::empty({dims.leading(), width}, x.options());
+  add_low_rank({.x = x.const_data_ptr<float>(),
+                .ldx = dims["K"],
+                .a = a.const_data_ptr<float>(),
+                .b = b.const_data_ptr<float>(),
+                .splits = splits.data(),
+                .num_splits = static_cast<int64_t>(splits.size()),
+                .R = dims["R"],
+                .scale = static_cast<float>(scale),
+                .y = y.mutable_data_ptr<float>(),
+                .ldy = dims["N"],
+                .M = dims.leading(),
+                .N = dims["N"],
+                .K = dims["K"],
+                .scratch = scratch.mutable_data_ptr<float>()});
+}
+
+Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+                  const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
+                  at::IntArrayRef lora_splits) {
+  Dims dims("linear");
+  dims.expect(x_, "x", {"...", "K"}).expect(weight_, "weight", {"N", "K"}).expect(bias_, "bias", {"N"});
+  TORCH_CHECK_VALUE(lora_a.has_value() == lora_b.has_value(), "linear: lora_a and lora_b come together; expected both or none");
+  if (lora_a) {
+    dims.expect(lora_b, "lora_b", {"N", "R"});
+    const int64_t total = std::accumulate(lora_splits.begin(), lora_splits.end(), int64_t{0});
+    TORCH_CHECK_VALUE(total == dims["N"], "linear: lora_splits ", lora_splits, " sum to ", total, "; expected N=", dims["N"],
+                      " (from weight)");
+    dims.bind("S*R", static_cast<int64_t>(lora_splits.size()) * dims["R"], "lora_splits and lora_b");
+    dims.expect(lora_a, "lora_a", {"S*R", "K"});
+  }
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+  const Tensor bias = bias_ ? bias_->contiguous() : Tensor();
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = dims["N"];
+  const Tensor y = at::empty(shape, x.options());
+  linear({.x = x.const_data_ptr<float>(),
+          .ldx = dims["K"],
+          .w = weight.const_data_ptr<float>(),
+          .ldw = dims["K"],
+          .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+          .y = y.mutable_data_ptr<float>(),
+          .ldy = dims["N"],
+          .M = dims.leading(),
+          .N = dims["N"],
+          .K = dims["K"]});
+  if (lora_a) add_low_rank_(x, y, *lora_a, *lora_b, lora_scale, lora_splits, dims);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hybrid_kernels, CPU, m) { m.impl("linear", linear_cpu); }
+
+}  // namespace hybrid

@@ -1,0 +1,117 @@
+"""The linear layer, with an optional low-rank term (LoRA: Hu et al., 2021) for each block of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.ops._dispatch import register, use_native
+from hybrid_kernels.reference import linear as reference
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    lora_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """Linear layer: ``y = x W^T + b``, plus ``scale * (x A_s^T) B_s^T`` on output split s.
+
+    Each output element is one chain of multiply-adds over K in order, whatever the batch: a row of ``x``
+    gives the same bits alone, in any batch, at any place and with any number of threads.
+
+    Args:
+        x: ``[..., K]`` float32.
+        weight: ``[N, K]`` float32, the training layout; read where it lies.
+        bias: ``[N]`` float32 or None.
+        lora_a: ``[S * R, K]`` float32 or None: the ``[R, K]`` factors of S splits, stacked.
+        lora_b: ``[N, R]`` float32 or None: row n belongs to the split that output n falls in.
+        lora_scale: the factor of the low-rank term.
+        lora_splits: sizes of the S splits, summing to N; None means one split.
+
+    Returns:
+        ``[..., N]`` float32. The backward keeps only what the wanted gradients need, and computes
+        ``x A^T`` again; its products are torch's.
+
+    Raises:
+        ValueError: shapes that do not fit, or only one of ``lora_a`` and ``lora_b``.
+    """
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("linear: lora_a and lora_b come together; expected both or none")
+    splits = list(lora_splits or ([] if lora_a is None else [weight.shape[0]]))
+    if not use_native("linear", x, weight, bias, lora_a, lora_b):
+        return reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+    return torch.ops.hybrid_kernels.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+    lora_splits: list[int],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lora_a, lora_b, ctx.lora_scale, ctx.lora_splits = inputs
+    wants_x, wants_weight, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+    needs_x = wants_weight or wants_a or wants_b
+    ctx.save_for_backward(
+        x if needs_x else None,
+        weight if wants_x else None,
+        lora_a if wants_x or wants_b else None,
+        lora_b if wants_x or wants_a else None,
+    )
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_a, lora_b = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
+    grad = grad_y.reshape(-1, grad_y.shape[-1])
+    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    grad_x = grad @ weight if wants_x else None
+    grad_weight = grad.T @ rows if wants_weight else None
+    grad_bias = grad.sum(0) if wants_bias else None
+    grad_a = grad_b = None
+    if lora_a is not None or lora_b is not None:
+        grad_a, grad_b = _low_rank_backward(ctx, grad, rows, lora_a, lora_b, grad_x)
+    if grad_x is not None:
+        grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
+    return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
+
+
+def _low_rank_backward(
+    ctx: Any,
+    grad: Tensor,
+    rows: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    grad_x: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of A and B; adds A's share to ``grad_x`` in place."""
+    _, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+    grads = grad.split(ctx.lora_splits, dim=1)
+    grad_a = grad_b = None
+    if lora_b is not None:  # what arrives at x A^T
+        b = lora_b.split(ctx.lora_splits)
+        inner = torch.cat([g @ b_s for g, b_s in zip(grads, b, strict=True)], dim=1).mul_(ctx.lora_scale)
+        if grad_x is not None:
+            grad_x.addmm_(inner, lora_a)
+        grad_a = inner.T @ rows if wants_a else None
+    if wants_b:
+        projected = (rows @ lora_a.T).mul_(ctx.lora_scale).chunk(len(grads), dim=1)
+        grad_b = torch.cat([g.T @ p for g, p in zip(grads, projected, strict=True)])
+    return grad_a, grad_b
+
+
+register("linear", _fake, setup_context=_setup, backward=_backward)
