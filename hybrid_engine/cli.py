@@ -22,11 +22,13 @@ __all__ = ["from_yaml", "parse", "to_yaml"]
 DEFAULT_RECIPE = "demo"
 # Naming a model, data or a file means: my run, not the demonstration.
 OWN_RUN = ("model.actor_model", "data.path")
+# DeepSpeed's launcher appends it; the environment says the same.
+LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 
 def announce(text: str) -> None:
     """Prints `text`, once where several ranks parse the same command line."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(text, flush=True)
 
 
@@ -71,6 +73,8 @@ def read_arguments(arguments: list[tuple[str, list[str]]]) -> tuple[str | None, 
     for option, values in arguments:
         if option == "--config":
             recipe = only(option, values, recipe is not None, "a YAML file or the name of an embedded recipe")
+            continue
+        if option in LAUNCHER_OPTIONS:
             continue
         setting, negated = find_option(option)
         if setting.path in flags:

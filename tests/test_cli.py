@@ -80,6 +80,17 @@ def test_announcement_form():
     assert config.num_gpus == 1
 
 
+def test_launchers_rank_is_no_setting():
+    assert quiet("--local_rank=1", "--seed", "3").seed == 3
+
+
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_announces(monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "1")
+    parse([])
+    assert capsys.readouterr().out == ""
+
+
 # --- spellings ---
 
 
