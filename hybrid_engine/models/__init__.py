@@ -5,7 +5,7 @@ from .decoder import Block, Decoder
 from .families import spec_from_hf
 from .foreign import ForeignCausalLM, ForeignScalarModel
 from .heads import CausalLM, ScalarModel, TokenScores
-from .lora import LoRAConfig, adapted_linears, apply_lora, merged_weight
+from .lora import LoRAConfig, adapted_linears, adapters_disabled, apply_lora, merged_weight
 from .packing import PackedBatch, last_rows, pack, response_rows, unpack
 from .rope import rope_tables
 from .saving import save_model
@@ -28,6 +28,7 @@ __all__ = [
     "Trunk",
     "UnsupportedFamily",
     "adapted_linears",
+    "adapters_disabled",
     "apply_lora",
     "compute_trunk",
     "frozen_blocks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,11 @@ def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("score."))
-    generator = torch.Generator().manual_seed(seed)
-    for block in model.decoder.blocks:
-        for target in config.targets:
-            linear: Linear = getattr(block, target)
-            linear.add_lora(config.r, config.alpha, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for block in model.decoder.blocks:
+            for target in config.targets:
+                getattr(block, target).add_lora(config.r, config.alpha)
 
 
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -50,6 +51,19 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.lora_a is not None:
             yield name, module
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model, for as long as this lasts: a LoRA policy is its own reference."""
+    linears = [linear for _, linear in adapted_linears(model)]
+    for linear in linears:
+        linear.lora_enabled = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.lora_enabled = True
 
 
 @torch.no_grad()

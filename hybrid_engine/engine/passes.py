@@ -1,0 +1,72 @@
+"""From a batch of token sequences to packed forward passes of bounded size, the same number of them on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_engine.distributed.collectives import all_reduce_max
+from hybrid_engine.models.packing import PackedBatch, last_rows, pack, response_rows
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One packed forward pass over some samples of a batch.
+
+    Attributes:
+        samples: the samples' places in the batch, in packing order; empty for a pass that only keeps ranks in step.
+        batch: the packed sequences, T tokens.
+        rows: [N] packed rows whose next token is scored, sample after sample.
+        targets: [N] those next tokens.
+        last: [len(samples)] packed row of each sequence's last token.
+    """
+
+    samples: list[int]
+    batch: PackedBatch
+    rows: Tensor
+    targets: Tensor
+    last: Tensor
+
+
+def pack_pass(sequences: Sequence[list[int]], prompt_lengths: Sequence[int], samples: list[int]) -> Pass:
+    """Packs whole sequences. An answer without a prompt is scored from its second token: nothing precedes the first."""
+    batch = pack([sequences[i] for i in samples])
+    rows, targets = response_rows(batch, [max(prompt_lengths[i], 1) for i in samples])
+    return Pass(samples, batch, rows, targets, last_rows(batch))
+
+
+def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Consecutive samples share a pass while their tokens fit; a longer sample has a pass of its own."""
+    plan: list[list[int]] = []
+    used = max_tokens + 1
+    for i, length in enumerate(lengths):
+        if used + length > max_tokens:
+            plan.append([])
+            used = 0
+        plan[-1].append(i)
+        used += length
+    return plan
+
+
+def passes(
+    sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_tokens: int, group: int = 1
+) -> Iterator[Pass]:
+    """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one pass.
+
+    Under ZeRO-3 every forward is a collective, so ranks with less work run idle passes at the end.
+    """
+    lengths = [sum(map(len, sequences[i : i + group])) for i in range(0, len(sequences), group)]
+    plan = plan_passes(lengths, max_tokens)
+    for groups in plan:
+        yield pack_pass(sequences, prompt_lengths, [g * group + i for g in groups for i in range(group)])
+    for _ in range(int(all_reduce_max(len(plan))) - len(plan)):
+        yield idle_pass()
+
+
+def idle_pass() -> Pass:
+    """A one-token pass that scores nothing."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return Pass([], pack([[0]]), nothing, nothing, nothing)

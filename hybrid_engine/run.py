@@ -1,0 +1,146 @@
+"""What the three steps share: the configuration, the output directory, and how models enter and leave it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_engine.config import OptimizerConfig, RunConfig
+from hybrid_engine.distributed.collectives import barrier, broadcast_json, is_main
+from hybrid_engine.errors import UserError
+from hybrid_engine.report import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from hybrid_engine.data import StageData
+    from hybrid_engine.engine.train_engine import TrainEngine
+    from hybrid_engine.models import CausalLM, ScalarModel
+
+STAGE_OF_STEP = {1: "sft", 2: "reward", 3: "rlhf"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One invocation of the trainer, on one rank."""
+
+    config: RunConfig
+    output: Path
+    reporter: Reporter
+
+    def finished(self, step: int) -> bool:
+        """Whether the output directory has this step's results: summary.json gets its entry last."""
+        entry = self.reporter.summary().get(STAGE_OF_STEP[step], {})
+        return bool(broadcast_json(entry.get("done", False)))
+
+    def finish(self, stage: str, values: Mapping[str, Any]) -> None:
+        """Records a stage's results; its checkpoints have done their duty."""
+        self.reporter.summarize(stage, {**values, "done": True})
+        if is_main():
+            shutil.rmtree(self.output / "checkpoints" / stage, ignore_errors=True)
+        barrier(f"finish {stage}")
+
+    # Which weights a step starts from
+
+    def policy_source(self, stage: str) -> str:
+        """The policy that `stage` starts from: step 1's result for the later steps, if there is one."""
+        fine_tuned = self.output / "sft"
+        if stage != "sft" and fine_tuned.is_dir():
+            return str(fine_tuned)
+        if stage != "sft":
+            self.reporter.note(f"{fine_tuned} does not exist: {stage} starts from {self.config.model.actor_model}")
+        return self.resolve(self.config.model.actor_model)
+
+    def reward_source(self) -> str:
+        """What the reward model is initialised from."""
+        named = self.config.model.reward_model
+        return self.resolve(named) if named else self.policy_source("reward")
+
+    def trained_reward_model(self) -> str:
+        """The reward model of step 2, or the one that the user brings.
+
+        Raises:
+            UserError: neither exists.
+        """
+        trained = self.output / "reward"
+        if trained.is_dir():
+            return str(trained)
+        if self.config.model.reward_model:
+            return self.resolve(self.config.model.reward_model)
+        raise UserError(
+            f"step 3 needs a reward model and {trained} does not exist: run step 2 first (--steps 2 3), "
+            "or give a trained one with --reward-model"
+        )
+
+    def resolve(self, name: str) -> str:
+        if name != "demo":
+            return name
+        from hybrid_engine.data.demo import ensure_demo_model
+
+        return str(ensure_demo_model())
+
+    # Loading
+
+    def load_policy(self, source: str) -> CausalLM:
+        from hybrid_engine.models import LoRAConfig, load_causal_lm
+
+        model = self.config.model
+        lora = LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
+        policy = load_causal_lm(source, model.dtype, lora, model.trainable_layers)
+        policy.gradient_checkpointing = model.gradient_checkpointing
+        return policy
+
+    def load_scalar(self, source: str) -> ScalarModel:
+        """A reward or value model: a trained one with its head, or a language model with a new one."""
+        from hybrid_engine.models import LoRAConfig, load_scalar_model
+
+        model = self.config.model
+        lora = LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
+        scalar = load_scalar_model(source, model.dtype, lora, model.trainable_layers, self.config.seed)
+        scalar.gradient_checkpointing = model.gradient_checkpointing
+        return scalar
+
+    def load_frozen(self, load: Callable[..., Any], source: str) -> Any:
+        """A model that is only asked, never trained: `load` is load_causal_lm or load_scalar_model."""
+        return load(source, self.config.model.dtype).requires_grad_(False).eval()
+
+    def tokenizer(self, source: str) -> Any:
+        from hybrid_engine.models import load_tokenizer
+
+        return load_tokenizer(source)
+
+    def load_data(self, stage: str, tokenizer: Any) -> StageData:
+        from hybrid_engine.data import load_stage
+
+        data = load_stage(self.config.data, stage, tokenizer, self.config.seed, tokenizer.eos_token_id)
+        self.reporter.note(f"{stage}: {len(data.train)} rows to train on, {len(data.heldout)} held out")
+        for reason, count in data.left_out.items():
+            self.reporter.note(f"{stage}: {count} rows left out: {reason}")
+        return data
+
+    # Training and saving
+
+    def train_engine(self, module: Any, optimizer: OptimizerConfig, total_steps: int, name: str) -> TrainEngine:
+        from hybrid_engine.engine.deepspeed_config import read_user_json
+        from hybrid_engine.engine.train_engine import TrainEngine
+
+        settings = read_user_json(self.config.deepspeed) if self.config.deepspeed else {}
+        zero = settings.setdefault("zero_optimization", {})
+        if self.config.zero_stage and zero.setdefault("stage", self.config.zero_stage) != self.config.zero_stage:
+            raise UserError(
+                f"--zero-stage is {self.config.zero_stage} but {self.config.deepspeed} says {zero['stage']}; give one"
+            )
+        return TrainEngine(module, optimizer, total_steps, settings, name)
+
+    def save_model(
+        self, engine: TrainEngine, directory: Path, tokenizer: Any, replace: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Writes a Hugging Face directory; `replace` holds averaged parameters to show in place of the trained ones."""
+        from hybrid_engine.models import save_model
+
+        with engine.parameters_replaced(replace or {}):
+            save_model(engine.module, directory, tokenizer)

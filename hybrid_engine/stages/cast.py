@@ -1,0 +1,111 @@
+"""The models of step 3: who is trained, who is frozen, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybrid_engine.engine.hybrid import HybridEngine
+from hybrid_engine.engine.train_engine import TrainEngine
+from hybrid_engine.models import (
+    CausalLM,
+    PackedBatch,
+    ScalarModel,
+    TokenScores,
+    Trunk,
+    adapters_disabled,
+    compute_trunk,
+    load_causal_lm,
+    load_scalar_model,
+    share_frozen_trunk,
+)
+from hybrid_engine.run import Run
+
+STAGE = "rlhf"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Actor and critic are trained; reference and reward model are frozen.
+
+    Attributes:
+        actor: generates and learns; `actor.train_engine` trains it.
+        critic: value model, initialised from the reward model; None for group-relative advantages.
+        reference: the policy before training; None means the actor without its LoRA adapters.
+        reward_model: None when every reward comes from elsewhere.
+        original: the model that the whole run started from, which judges fluency; None if nobody asks.
+        shared_blocks: leading blocks that are frozen and equal in all of them, so that their output is computed once.
+    """
+
+    actor: HybridEngine
+    critic: TrainEngine | None
+    reference: CausalLM | None
+    reward_model: ScalarModel | None
+    original: CausalLM | None
+    shared_blocks: int
+    tokenizer: Any
+
+    @property
+    def policy(self) -> TrainEngine:
+        assert self.actor.train_engine is not None
+        return self.actor.train_engine
+
+    def trunk(self, batch: PackedBatch) -> Trunk | None:
+        """Output of the shared blocks on a batch, without gradient; None if nothing is shared."""
+        return compute_trunk(self.actor.model, batch, self.shared_blocks) if self.shared_blocks else None
+
+    @torch.no_grad()
+    def reference_scores(
+        self, batch: PackedBatch, rows: torch.Tensor, targets: torch.Tensor, temperature: float, trunk: Trunk | None
+    ) -> TokenScores:
+        """What the reference policy thinks of `targets`."""
+        if self.reference is not None:
+            return self.reference(batch, rows, targets, temperature, trunk)
+        with adapters_disabled(self.actor.model):
+            return self.policy(batch, rows, targets, temperature, trunk)
+
+
+def assemble(run: Run, optimizer_steps: int, needs_reward_model: bool) -> Cast:
+    """Loads the models of step 3 and hands the trained ones to DeepSpeed."""
+    config = run.config
+    source = run.policy_source(STAGE)
+    tokenizer = run.tokenizer(source)
+    actor = run.load_policy(source)
+    reference = None if config.model.lora_r else run.load_frozen(load_causal_lm, source)
+    original = None
+    if config.judge.fluency:
+        original = run.load_frozen(load_causal_lm, run.resolve(config.model.actor_model))
+    critic = reward_model = None
+    if config.rlhf.uses_critic:
+        critic = run.load_scalar(run.trained_reward_model())
+    if needs_reward_model:
+        reward_model = run.load_frozen(load_scalar_model, run.trained_reward_model())
+    everyone = [model for model in (actor, reference, critic, reward_model, original) if model is not None]
+    shared = share_frozen_trunk(everyone) if config.zero_stage < 3 else 0
+    policy = run.train_engine(actor, config.rlhf.actor_optimizer, optimizer_steps, "actor")
+    critic_engine = None
+    if critic is not None:
+        critic_engine = run.train_engine(critic, config.rlhf.critic_optimizer, optimizer_steps, "critic")
+    engine = HybridEngine(
+        actor, tokenizer, policy,
+        max_batch=config.rlhf.generation.max_batch, score_tokens=config.rlhf.max_tokens_per_pass,
+    )
+    return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
+
+
+@contextmanager
+def both_training(cast: Cast) -> Iterator[None]:
+    """Actor and critic in their training phase."""
+    with cast.actor.training():
+        if cast.critic is None:
+            yield
+            return
+        cast.critic.module.train()
+        try:
+            yield
+        finally:
+            cast.critic.module.eval()

@@ -1,0 +1,147 @@
+"""From a rollout to experience: reference, values, rewards, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_engine.config import PPOConfig
+from hybrid_engine.data import PromptExample
+from hybrid_engine.distributed.collectives import all_reduce_moments
+from hybrid_engine.engine.passes import passes
+from hybrid_engine.engine.rollout import Rollout
+from hybrid_engine.rewards import RewardMix, RewardScores, Sample
+from hybrid_engine.rl.advantages import gae, per_token, whiten
+from hybrid_engine.rl.experience import Experience
+from hybrid_engine.rl.group import ESTIMATORS
+from hybrid_engine.rl.kl import FixedKL, k1
+from hybrid_engine.rl.moments import RunningMoments, moments_of
+from hybrid_engine.rl.padding import length_mask, spread
+from hybrid_engine.rl.rewards import ShapedScores, shape_scores, token_rewards
+from hybrid_engine.stages.cast import Cast
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What the models say about B responses, T the longest. Without a critic or a reward model: None.
+
+    Attributes:
+        ref_logprobs: [B, T] reference log-probabilities of the response tokens.
+        values: [B, T] value of the state before each response token.
+        rewards: [B] the reward model's score at the last token.
+        trunks: hidden states of each sequence where the shared frozen blocks end.
+    """
+
+    ref_logprobs: Tensor
+    values: Tensor | None
+    rewards: list[float] | None
+    trunks: list[Tensor] | None
+
+
+@torch.no_grad()
+def score_with_models(cast: Cast, rollout: Rollout, config: PPOConfig) -> ModelScores:
+    """One packed forward of every model over the rollout; blocks they share run once."""
+    ref: list[Tensor] = []
+    values: list[Tensor] = []
+    rewards: list[float] = []
+    trunks: list[Tensor] = []
+    for part in passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass):
+        trunk = cast.trunk(part.batch)
+        temperature = config.generation.temperature
+        ref.append(cast.reference_scores(part.batch, part.rows, part.targets, temperature, trunk).logprobs)
+        if cast.critic is not None:
+            values.append(cast.critic(part.batch, part.rows, trunk).float())
+        if cast.reward_model is not None:
+            rewards.extend(cast.reward_model(part.batch, part.last, trunk).float().tolist())
+        if trunk is not None and part.samples:
+            trunks.extend(trunk.hidden.split(part.batch.lengths.tolist()))
+    width = max(map(len, rollout.tokens), default=0)
+
+    def padded(flat: list[Tensor]) -> Tensor:
+        return spread(torch.cat(flat) if flat else torch.empty(0), rollout.lengths, width)
+
+    return ModelScores(
+        padded(ref),
+        padded(values) if cast.critic is not None else None,
+        rewards if cast.reward_model is not None else None,
+        trunks if cast.shared_blocks else None,
+    )
+
+
+def samples_of(rollout: Rollout, prompts: Sequence[PromptExample], cast: Cast) -> list[Sample]:
+    """The responses as text, for rewards that read text."""
+    decode = cast.tokenizer.decode
+    return [
+        Sample(
+            prompt=prompts[i // rollout.n].text,
+            answer=decode(tokens, skip_special_tokens=True),
+            prompt_tokens=prompts[i // rollout.n].tokens,
+            answer_tokens=tokens,
+            finished=rollout.finish_reasons[i] == "stop",
+            extra=prompts[i // rollout.n].extra,
+        )
+        for i, tokens in enumerate(rollout.tokens)
+    ]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Experience for the update, and what the report shows of it."""
+
+    experience: Experience
+    raw: RewardScores
+    shaped: ShapedScores
+    kl: Tensor
+    """k1 of each response, summed over its tokens: [B] nats."""
+
+
+class Scorer:
+    """Turns rollouts into experience, with the state that goes from one to the next."""
+
+    def __init__(self, cast: Cast, mix: RewardMix, kl: FixedKL, config: PPOConfig) -> None:
+        self.cast = cast
+        self.mix = mix
+        self.kl = kl
+        self.config = config
+        self.moments = RunningMoments()
+
+    def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
+        config, lengths = self.config, rollout.lengths
+        models = score_with_models(self.cast, rollout, config)
+        raw = self.mix(samples_of(rollout, prompts, self.cast), models.rewards)
+        scores = torch.tensor(raw.total, dtype=torch.float32)
+        self.moments.update(all_reduce_moments(moments_of(scores)))
+        finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], dtype=torch.bool)
+        limit = config.generation.max_new_tokens
+        shaped = shape_scores(scores, finished, lengths, limit, config.shaping, self.moments)
+        old = rollout.padded_logprobs()
+        mask = length_mask(lengths, old.shape[1])
+        kl = k1(old, models.ref_logprobs) * mask
+        rewards = token_rewards(shaped.scores, kl, lengths, self.kl.coef)
+        advantages, returns = self._advantages(rewards, models.values, lengths)
+        if config.whiten_advantages and config.advantage in ("gae", "reinforce_baseline"):
+            advantages = whiten(advantages, mask, all_reduce_moments)
+        experience = Experience(
+            prompts=[prompt for prompt in rollout.prompts for _ in range(rollout.n)],
+            tokens=rollout.tokens,
+            lengths=lengths,
+            old_logprobs=old,
+            ref_logprobs=models.ref_logprobs,
+            rewards=rewards,
+            advantages=advantages,
+            values=models.values,
+            returns=returns,
+            trunks=models.trunks,
+        )
+        return Scored(experience, raw, shaped, kl.sum(1))
+
+    def _advantages(self, rewards: Tensor, values: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """GAE on token rewards; without a critic each response's total (KL penalty included) against its group's."""
+        config = self.config
+        if values is not None:
+            return gae(rewards, values, lengths, config.gamma, config.lam)
+        group = ESTIMATORS[config.advantage](rewards.sum(1), config.generation.samples_per_prompt)
+        return per_token(group, lengths, rewards.shape[1]), None

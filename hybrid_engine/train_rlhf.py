@@ -1,0 +1,69 @@
+"""``python -m hybrid_engine.train_rlhf``: from a pretrained model to your own chat model, in three steps.
+
+With no argument it runs the embedded default: a small real model, real data, on whatever this machine has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hybrid_engine import cli
+from hybrid_engine.config import RunConfig
+from hybrid_engine.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for; returns the process's exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        config = cli.parse(arguments)
+        if config.num_gpus > 1 and not already_launched():
+            from hybrid_engine.distributed.launch import launch
+
+            return launch("hybrid_engine.train_rlhf", arguments, config.num_gpus)
+        run(config)
+    except UserError as error:
+        report_user_error(error)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: RunConfig) -> None:
+    """The steps in order, each from the files that the one before it left in the output directory."""
+    from hybrid_engine.distributed import process_group
+    from hybrid_engine.output import open_output
+    from hybrid_engine.stages import rlhf, reward, sft
+
+    steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
+    process_group.initialise()
+    try:
+        with open_output(config) as session:
+            for step in config.steps:
+                if session.finished(step):
+                    session.reporter.note(f"step {step} is done already")
+                else:
+                    steps[step](session)
+            session.reporter.print_summary()
+    finally:
+        process_group.shut_down()
+
+
+def already_launched() -> bool:
+    from hybrid_engine.distributed.env import rank_env
+
+    return rank_env().world_size > 1
+
+
+def report_user_error(error: UserError) -> None:
+    from hybrid_engine.distributed.process_group import report_failure
+
+    print(f"error: {error}", file=sys.stderr)
+    report_failure(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
