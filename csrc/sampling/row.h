@@ -37,7 +37,9 @@ struct RowGradArgs {
   const float* logits;  // [vocab]
   float* grad;          // [vocab]
   int64_t vocab, target;
-  float temperature, entropy, lse;  // as token_logprobs returned them
+  float temperature;
+  float entropy;  // as score_row returned them
+  double lse;
   float grad_logprob, grad_entropy;
 };
 void score_row_backward(const RowGradArgs& args);

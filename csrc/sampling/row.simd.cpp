@@ -1,5 +1,7 @@
 // Two passes over a row: the maximum, then the weights. Both read 4 bytes a logit and write next to nothing; the first is
 // bound by loads, the second by the exponential. A row of 50k logits (200 KB) stays in the second-level cache between them.
+#include <math.h>
+
 #include "common/math.h"
 #include "common/vec.h"
 #include "sampling/row.h"
@@ -111,12 +113,17 @@ void block_weights(const float* logits, int64_t count, RowShift shift, float* we
 
 void score_row_backward(const RowGradArgs& args) {
   // d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy), with z = logits / temperature.
+  // p_j = exp(z_j - lse) would carry the rounding of z and lse. Instead the row is shifted by the float nearest to temperature *
+  // lse, and what that float misses becomes a factor near 1.
+  const float shift = static_cast<float>(args.lse * args.temperature);
+  const float log_missing = static_cast<float>(shift / static_cast<double>(args.temperature) - args.lse);
   const float inverse = 1.0f / args.temperature;
-  const Vec temperature(args.temperature), lse(args.lse), floor(-200.0f), scale(-inverse);
+  const Exponent exponent({shift, args.temperature});
+  const Vec missing(log_missing), scale(-inverse * expf(log_missing));
   const Vec constant(args.grad_logprob + args.grad_entropy * args.entropy), slope(args.grad_entropy);
   for_each_vec(args.vocab, [&](int64_t i, int64_t lanes) {
-    const Vec log_p = max(floor, Vec::load(args.logits + i, lanes) / temperature - lse);
-    (exp(log_p) * fma(slope, log_p, constant) * scale).store(args.grad + i, lanes);
+    const Vec e = exponent(Vec::load(args.logits + i, lanes));
+    (exp(e) * fma(slope, e + missing, constant) * scale).store(args.grad + i, lanes);
   });
   args.grad[args.target] += args.grad_logprob * inverse;
 }

@@ -37,7 +37,7 @@ RowScore finish_score(float target_logit, RowShift shift, RowSums sums) {
   const double target = (static_cast<double>(target_logit) - shift.max) / shift.temperature;
   const double entropy = log_sum - sums.weighted / sums.weight;
   return {static_cast<float>(target - log_sum), static_cast<float>(entropy < 0.0 ? 0.0 : entropy),
-          static_cast<float>(shift.max / static_cast<double>(shift.temperature) + log_sum)};
+          shift.max / static_cast<double>(shift.temperature) + log_sum};
 }
 
 // Index at which the running sum of weights first exceeds `aim`, and in `before` the sum up to it. The last one of positive weight

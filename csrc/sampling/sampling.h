@@ -11,7 +11,8 @@ inline constexpr float kMinTemperature = 1e-6f;
 // The one row function of sampling and training: equal logits give equal bits. -inf marks an impossible token; a row with NaN,
 // +inf or nothing but -inf scores NaN. temperature >= kMinTemperature.
 struct RowScore {
-  float logprob, entropy, lse;
+  float logprob, entropy;
+  double lse;  // in double, so that the backward pass can form probabilities to float precision from it
 };
 RowScore score_row(const float* logits, int64_t vocab, int64_t target, float temperature);
 

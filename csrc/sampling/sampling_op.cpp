@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -54,11 +55,13 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_, con
   check_temperature("token_logprobs", temperature);
   const Tensor logits = logits_.contiguous(), targets = targets_.contiguous();
   check_targets("token_logprobs", targets, vocab);
-  Tensor logprob = at::empty({rows}, logits.options()), entropy = at::empty_like(logprob), lse = at::empty_like(logprob);
+  Tensor logprob = at::empty({rows}, logits.options()), entropy = at::empty_like(logprob);
+  Tensor lse = at::empty({rows}, logits.options().dtype(at::kDouble));
 
   const float* x = logits.const_data_ptr<float>();
   const int64_t* target = targets.const_data_ptr<int64_t>();
-  float *p = logprob.mutable_data_ptr<float>(), *h = entropy.mutable_data_ptr<float>(), *s = lse.mutable_data_ptr<float>();
+  float *p = logprob.mutable_data_ptr<float>(), *h = entropy.mutable_data_ptr<float>();
+  double* s = lse.mutable_data_ptr<double>();
   for_each_row(rows, vocab, [&](int64_t i) {
     const RowScore score = score_row(x + i * vocab, vocab, target[i], static_cast<float>(temperature));
     p[i] = score.logprob;
@@ -77,7 +80,7 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprob_, const Tensor& gr
       .expect(grad_logprob_, "grad_logprob", {"N"})
       .expect(grad_entropy_, "grad_entropy", {"N"})
       .expect(entropy_, "entropy", {"N"})
-      .expect(lse_, "lse", {"N"});
+      .expect(lse_, "lse", {"N"}, at::kDouble);
   const int64_t rows = dims["N"], vocab = dims["V"];
   check_vocab("token_logprobs_backward", dims);
   check_temperature("token_logprobs_backward", temperature);
@@ -90,7 +93,8 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprob_, const Tensor& gr
   const float* x = logits.const_data_ptr<float>();
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const float *gp = grad_logprob.const_data_ptr<float>(), *gh = grad_entropy.const_data_ptr<float>();
-  const float *h = entropy.const_data_ptr<float>(), *s = lse.const_data_ptr<float>();
+  const float* h = entropy.const_data_ptr<float>();
+  const double* s = lse.const_data_ptr<double>();
   float* out = grad.mutable_data_ptr<float>();
   for_each_row(rows, vocab, [&](int64_t i) {
     score_row_backward({.logits = x + i * vocab,
@@ -104,6 +108,14 @@ Tensor token_logprobs_backward_cpu(const Tensor& grad_logprob_, const Tensor& gr
                         .grad_entropy = gh[i]});
   });
   return grad;
+}
+
+void check_positions(const Tensor& positions) {
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < positions.numel(); ++i) {
+    TORCH_CHECK_VALUE(position[i] >= 0 && position[i] <= UINT32_MAX, "sample: positions[", i, "] is ", position[i],
+                      "; expected 0 <= position < 2^32");
+  }
 }
 
 SamplingRule check_rule(double temperature, int64_t top_k, double top_p, int64_t seed) {
@@ -124,6 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_cpu(const Tensor& logi
   check_vocab("sample", dims);
   const SamplingRule rule = check_rule(temperature, top_k, top_p, seed);
   const Tensor logits = logits_.contiguous(), sample_ids = sample_ids_.contiguous(), positions = positions_.contiguous();
+  check_positions(positions);
   Tensor token = at::empty({rows}, sample_ids.options()), logprob = at::empty({rows}, logits.options());
   Tensor entropy = at::empty_like(logprob), kept_mass = at::empty_like(logprob), threshold = at::empty_like(logprob);
 

@@ -64,6 +64,7 @@ def lora_merge_(
     arguments = (weight, lora_a, lora_b, scale, list(splits))
     if _native("lora_merge_", weight, lora_a, lora_b):
         record = torch.ops.hybrid_kernels.lora_merge_(*arguments)
+        _mark_changed(weight)
     else:
         record = reference.lora_merge_(*arguments)
     return MergeRecord(*record, versions=_versions(weight, lora_a, lora_b))
@@ -97,6 +98,7 @@ def lora_unmerge_(
     restore = (record.residual, record.escape_index, record.escape_value)
     if _native("lora_unmerge_", weight, lora_a, lora_b):
         torch.ops.hybrid_kernels.lora_unmerge_(*arguments, *restore)
+        _mark_changed(weight)
     else:
         reference.lora_unmerge_(*arguments, *restore)
 
@@ -104,6 +106,12 @@ def lora_unmerge_(
 def _native(op: str, *tensors: Tensor) -> bool:
     """These kernels, unlike the others, take bfloat16 as well: only other tensors decide."""
     return use_native(op, *(t for t in tensors if not (t.is_cpu and t.dtype is torch.bfloat16)))
+
+
+def _mark_changed(weight: Tensor) -> None:
+    """Tells autograd of a change that a kernel made, so that a graph which saved the weight refuses to use it."""
+    if not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
 
 
 def _versions(*tensors: Tensor) -> tuple[int | None, ...]:

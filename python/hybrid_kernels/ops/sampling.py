@@ -111,7 +111,11 @@ def _row(logits: Tensor) -> Tensor:
 
 register(
     "token_logprobs",
-    lambda logits, targets, temperature: (_row(logits), _row(logits), _row(logits)),
+    lambda logits, targets, temperature: (
+        _row(logits),
+        _row(logits),
+        _row(logits).double(),
+    ),
     setup_context=_score_setup,
     backward=_score_backward,
 )

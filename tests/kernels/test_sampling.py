@@ -1,0 +1,258 @@
+"""Scoring and sampling beyond the walk over all operators: exactness, distributions, kept sets, streams."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_kernels.ops.sampling import Sample, sample, token_logprobs
+from hybrid_kernels.reference import sampling as reference
+from hybrid_kernels.testing import assert_same_bits
+
+
+def _logits(rows: int, vocab: int, spread: float = 3.0, seed: int = 0) -> Tensor:
+    return spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def _draw(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, seed=5, first_id=0) -> Sample:
+    ids = torch.arange(first_id, first_id + len(logits))
+    return sample(logits, temperature, top_k, top_p, seed, ids, torch.full_like(ids, 7))
+
+
+# Scores
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 1.7])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_logprob_is_within_1e_6_of_float64(spread: float, temperature: float) -> None:
+    """Half an ulp of the result, and 5e-7 for the sum: at most four float roundings and an exp good to 2 ulp."""
+    logits = _logits(8, 50257, spread, seed=1)
+    targets = torch.cat([logits[:4].argmax(-1), logits[4:].argmin(-1)])
+    logprob, entropy = token_logprobs(logits, targets, temperature)
+    exact, exact_entropy = reference.token_logprobs(logits.double(), targets, temperature)
+    half_ulp = exact.abs() * 2**-24
+    assert ((logprob - exact).abs() <= half_ulp + 5e-7).all()
+    assert ((logprob - exact).abs()[exact > -16] <= 1e-6).all()
+    assert ((entropy - exact_entropy).abs() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 65, 1000])
+def test_sampled_logprob_has_the_bits_of_the_score(vocab: int) -> None:
+    logits = _logits(50, vocab)
+    for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.9), (0.7, 20, 0.8)]:
+        drawn = _draw(logits, temperature, top_k, top_p)
+        scored = token_logprobs(logits, drawn.token, temperature)
+        assert_same_bits(scored, (drawn.logprob, drawn.entropy))
+    drawn = _draw(logits, temperature=0.0)
+    assert_same_bits(token_logprobs(logits, drawn.token, 1.0), (drawn.logprob, drawn.entropy))
+
+
+def test_impossible_tokens_cost_nothing() -> None:
+    """-inf logits: the scores and gradients of the remaining vocabulary, and a draw that never lands there."""
+    logits = _logits(6, 200)
+    masked = logits.clone()
+    masked[:, 100:] = -torch.inf
+    targets = torch.arange(6)
+    masked.requires_grad_()
+    logprob, entropy = token_logprobs(masked, targets)
+    short = logits[:, :100].clone().requires_grad_()
+    short_logprob, short_entropy = token_logprobs(short, targets)
+    torch.testing.assert_close((logprob, entropy), (short_logprob, short_entropy))
+    (logprob.sum() + 0.3 * entropy.sum()).backward()
+    (short_logprob.sum() + 0.3 * short_entropy.sum()).backward()
+    torch.testing.assert_close(masked.grad[:, :100], short.grad)
+    assert (masked.grad[:, 100:] == 0).all()
+    assert (_draw(masked.detach().repeat(200, 1)).token < 100).all()
+    assert token_logprobs(masked.detach(), targets + 150)[0].eq(-torch.inf).all()
+
+
+def test_nan_stays_in_its_row() -> None:
+    logits = _logits(4, 300)
+    logits[1, 250] = torch.nan
+    logits[2, 3] = torch.inf
+    logprob, entropy = token_logprobs(logits, torch.zeros(4, dtype=torch.int64))
+    for score in (logprob, entropy):
+        assert score.isnan().tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_extreme_temperatures(temperature: float) -> None:
+    logits = _logits(20, 500)
+    drawn = _draw(logits, temperature)
+    exact, _ = reference.token_logprobs(logits.double(), drawn.token, temperature)
+    torch.testing.assert_close(drawn.logprob.double(), exact, rtol=1e-6, atol=1e-6)
+    if temperature < 1:
+        assert torch.equal(drawn.token, logits.argmax(-1))
+
+
+# Draws
+
+
+def _chi_square(tokens: Tensor, probabilities: Tensor) -> None:
+    """Pearson's statistic within four standard deviations of its mean, over cells expecting at least five."""
+    expected = probabilities.double() * len(tokens)
+    observed = torch.bincount(tokens, minlength=len(expected)).double()
+    assert (observed[expected == 0] == 0).all()
+    cells = expected >= 5
+    rest = torch.tensor([observed[~cells].sum(), expected[~cells].sum()])
+    statistic = ((observed - expected).square() / expected)[cells].sum()
+    freedom = int(cells.sum()) - 1
+    if rest[1] >= 5:
+        statistic, freedom = statistic + (rest[0] - rest[1]).square() / rest[1], freedom + 1
+    assert freedom >= 1
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    "vocab, temperature, top_k, top_p",
+    [
+        (10, 1.0, 0, 1.0),
+        (200, 0.7, 0, 1.0),
+        (1000, 1.5, 0, 1.0),
+        (200, 1.0, 12, 1.0),
+        (200, 1.0, 0, 0.9),
+        (200, 1.3, 40, 0.8),
+    ],
+)
+def test_draws_follow_the_distribution(vocab, temperature, top_k, top_p) -> None:
+    row = _logits(1, vocab, spread=1.5, seed=vocab)
+    drawn = _draw(row.expand(100_000, vocab), temperature, top_k, top_p)
+    kept = row[0].double().masked_fill(row[0] < drawn.threshold[0], -torch.inf)
+    _chi_square(drawn.token, (kept / temperature).softmax(-1))
+
+
+def test_greedy_takes_the_first_of_equal_maxima() -> None:
+    logits = _logits(3, 300)
+    logits[0, [70, 71, 299]] = 50.0
+    logits[1, [0, 64]] = 50.0
+    logits[2, [64, 128]] = 50.0
+    drawn = _draw(logits, temperature=0.0, top_k=1, top_p=0.1)
+    assert drawn.token.tolist() == [70, 0, 64]
+    assert drawn.kept_mass.tolist() == [1.0] * 3
+    assert drawn.threshold.tolist() == [-torch.inf] * 3
+
+
+def test_a_draw_belongs_to_its_sample() -> None:
+    """Order, batch size and thread count change nothing; seed, sample and position change the draw."""
+    logits = _logits(1, 5000).expand(64, 5000)
+    ids, positions = torch.arange(64) * 2**40, torch.arange(64)
+    whole = sample(logits, 1.0, 0, 0.95, 3, ids, positions)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    shuffled = sample(logits, 1.0, 0, 0.95, 3, ids[order], positions[order])
+    assert_same_bits([t[order] for t in whole], list(shuffled))
+    single = [sample(logits[i : i + 1], 1.0, 0, 0.95, 3, ids[i : i + 1], positions[i : i + 1]) for i in range(64)]
+    assert_same_bits(list(whole), [torch.cat(column) for column in zip(*single, strict=True)])
+    for other in (
+        sample(logits, 1.0, 0, 0.95, 4, ids, positions),
+        sample(logits, 1.0, 0, 0.95, 3, ids + 1, positions),
+        sample(logits, 1.0, 0, 0.95, 3, ids, positions + 1),
+    ):
+        assert (other.token != whole.token).sum() > 32
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            (0xFFFFFFFF,) * 4,
+            (0xFFFFFFFF,) * 2,
+            (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words) -> None:
+    """The vectors published with Random123 (philox4x32, 10 rounds)."""
+    assert reference.philox(counter, key) == words
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
+def test_kernel_draws_philox_uniforms(seed: int) -> None:
+    """Over equal logits the token is the uniform's leading bits: sixteen blocks of 64 are ten of them."""
+    ids = torch.tensor([0, 1, 2**31, 2**33 + 5, 2**62]).repeat_interleave(40)
+    positions = torch.arange(200) * 16_000_000
+    drawn = sample(torch.zeros(200, 1024), 1.0, 0, 1.0, seed, ids, positions)
+    uniform = reference.philox_uniform(seed, ids, positions)
+    assert torch.equal(drawn.token, (uniform * 1024).long())
+
+
+# Kept sets
+
+
+def _kept_by_transformers(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    from transformers.generation import logits_process
+
+    scores = logits.double()
+    warpers = [logits_process.TemperatureLogitsWarper(temperature)]
+    if top_k:
+        warpers.append(logits_process.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(logits_process.TopPLogitsWarper(top_p))
+    for warper in warpers:
+        scores = warper(None, scores)
+    return scores > -torch.inf
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, 1, 1.0),
+        (0.7, 50, 1.0),
+        (1.0, 700, 1.0),
+        (1.0, 5000, 1.0),
+        (1.0, 0, 0.5),
+        (0.6, 0, 0.95),
+        (1.5, 0, 0.999),
+        (1.0, 0, 0.01),
+        (0.8, 40, 0.9),
+        (1.2, 2000, 0.7),
+    ],
+)
+def test_kept_set_is_that_of_transformers(spread, temperature, top_k, top_p) -> None:
+    logits = _logits(40, 5003, spread, seed=4)
+    drawn = _draw(logits, temperature, top_k, top_p)
+    kept = logits >= drawn.threshold.unsqueeze(-1)
+    assert torch.equal(kept, _kept_by_transformers(logits, temperature, top_k, top_p))
+    assert kept.gather(1, drawn.token.unsqueeze(1)).all()
+    mass = (logits.double() / temperature).softmax(-1).masked_fill(~kept, 0).sum(-1)
+    torch.testing.assert_close(drawn.kept_mass.double(), mass, rtol=1e-6, atol=0)
+    least = logits.masked_fill(~kept, torch.inf).amin(-1)
+    assert_same_bits(drawn.threshold, least)  # a logit of the row itself: the mask can be rebuilt from it
+
+
+def test_ties_at_the_threshold_are_kept_whole() -> None:
+    logits = torch.tensor([[4.0, 2.0, 2.0, 2.0, 0.0, -0.0, -5.0]])
+    by_count = _draw(logits, top_k=2)
+    assert by_count.threshold.item() == 2.0
+    weights = logits[0].double().exp()
+    torch.testing.assert_close(by_count.kept_mass.item(), (weights[:4].sum() / weights.sum()).item())
+    assert _draw(logits, top_k=5).threshold.item() == 0.0
+    assert _draw(logits, top_k=6).threshold.item() == 0.0  # -0 and 0 are one logit
+    assert _draw(logits, top_p=0.8).threshold.item() == 2.0
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (7, 1.0), (9, 1.0)])
+def test_no_truncation_keeps_everything(top_k: int, top_p: float) -> None:
+    drawn = _draw(_logits(3, 7), top_k=top_k, top_p=top_p)
+    assert drawn.kept_mass.tolist() == [1.0] * 3
+    assert drawn.threshold.tolist() == [-torch.inf] * 3
+
+
+@pytest.mark.parametrize("top_k, top_p", [(3, 1.0), (0, 0.5), (20, 0.9)])
+def test_one_possible_token(top_k: int, top_p: float) -> None:
+    logits = torch.full((4, 130), -torch.inf)
+    logits[:, 77] = -3.0
+    drawn = _draw(logits, top_k=top_k, top_p=top_p)
+    assert drawn.token.tolist() == [77] * 4
+    assert drawn.logprob.tolist() == [0.0] * 4
+    assert drawn.entropy.tolist() == [0.0] * 4
+    assert drawn.kept_mass.tolist() == [1.0] * 4
