@@ -1,6 +1,6 @@
 // exp, tanh, erf and sigmoid on Vec. For *.simd.cpp files only.
 //
-// Errors are at most about 2 units in the last place (csrc/tests/math_test.cpp measures them). Every instruction set runs the
+// Errors are at most about 2 units in the last place (csrc/tests/vec_test.simd.cpp measures them). Every instruction set runs the
 // same polynomials; their coefficients are minimax fits (Lawson's iteration, weighted for the error of the function itself),
 // rounded to float. Only the generic copy, which has no fused multiply-add, differs in the last bits.
 #pragma once
