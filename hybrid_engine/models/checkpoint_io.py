@@ -23,7 +23,7 @@ from .checkpoint_files import (
     weight_files,
 )
 from .families import HEAD, SCORE, Family, family_of_type, spec_from_hf
-from .heads import CausalLM, ScalarModel
+from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import LoRAConfig, apply_lora
 from .spec import UnsupportedFamily
 
@@ -129,7 +129,7 @@ def _native_only(reason: UnsupportedFamily, lora: LoRAConfig | None, trainable_l
         ) from reason
 
 
-def _choose_trainable(model: nn.Module, lora: LoRAConfig | None, trainable_layers: int) -> None:
+def _choose_trainable(model: NativeModel, lora: LoRAConfig | None, trainable_layers: int) -> None:
     if lora is not None and trainable_layers:
         raise UserError("lora and trainable_layers are both set; choose one")
     if lora is not None:
@@ -138,7 +138,7 @@ def _choose_trainable(model: nn.Module, lora: LoRAConfig | None, trainable_layer
         train_top_layers(model, trainable_layers)
 
 
-def train_top_layers(model: nn.Module, count: int) -> None:
+def train_top_layers(model: NativeModel, count: int) -> None:
     """Freeze everything but the last ``count`` blocks, the final norm and ``score``."""
     decoder = model.decoder
     if not 0 < count <= len(decoder.blocks):
@@ -160,7 +160,7 @@ class _Slot(NamedTuple):
 class _Loader:
     """Copies a checkpoint into a model, shard by shard, and checks that nothing is left over."""
 
-    def __init__(self, model: nn.Module, family: Family, directory: Path) -> None:
+    def __init__(self, model: NativeModel, family: Family, directory: Path) -> None:
         self.model, self.family, self.directory = model, family, directory
         self.slots = dict(self._slots())
         self.loaded: set[str] = set()
@@ -188,7 +188,7 @@ class _Loader:
                 yield source, _Slot(rows, entry.transposed and rows.dim() == 2)
         if isinstance(self.model, ScalarModel):
             yield SCORE, _Slot(self.model.score.weight.detach(), False)
-        elif not self.model.spec.tied_head:
+        elif isinstance(self.model, CausalLM) and not self.model.spec.tied_head:
             yield HEAD, _Slot(self.model.head.weight.detach(), False)
 
     def _take(self, shard: ShardReader, full_name: str) -> None:

@@ -14,12 +14,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from hybrid_kernels import ops
-from hybrid_kernels.nn import LayerNorm, Linear, RMSNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_engine.errors import UserError
+from hybrid_kernels import ops
+from hybrid_kernels.nn import LayerNorm, Linear, RMSNorm
 
 from .packing import PackedBatch
 from .rope import rope_tables
@@ -79,7 +79,7 @@ class Block(nn.Module):
         v = v.unflatten(-1, (spec.kv_heads, spec.head_dim))
         if spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if context.cos is not None:
+        if context.cos is not None and context.sin is not None:
             q, k = ops.rope(q, k, context.cos, context.sin, context.positions)
         attended = ops.attention(
             q,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hybrid_kernels import ops
 from torch import Tensor, nn
 
 from hybrid_engine.errors import UserError
+from hybrid_kernels import ops
 
 from .checkpoint_files import GENERATION_CONFIG, Source
 from .heads import TokenScores
@@ -26,6 +26,7 @@ class ForeignModel(nn.Module):
     """What the causal and the scalar wrapper share. ``hf_model`` is transformers' module."""
 
     native = False
+    hf_model: Any
 
     def __init__(self, hf_model: nn.Module, directory: Path) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class ForeignModel(nn.Module):
         if on:
             raise UserError("gradient checkpointing needs a family with a native decoder")
 
-    def padded(self, batch: PackedBatch) -> tuple[dict[str, Tensor], Tensor]:
+    def padded(self, batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
         """Right-padded model inputs ``[B, L]``, and the flat index ``[T]`` of every packed row."""
         ids = nn.utils.rnn.pad_sequence(unpack(batch.input_ids, batch), batch_first=True)
         columns = torch.arange(ids.shape[1], device=ids.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from hybrid_kernels import ops
 from hybrid_kernels.nn import Linear
-from torch import Tensor, nn
 
 from .checkpoint_files import Source
 from .decoder import Decoder
@@ -31,7 +32,7 @@ class LMHead(nn.Module):
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
@@ -42,7 +43,7 @@ class LMHead(nn.Module):
         return ops.linear_token_logprobs(hidden, self.weight, targets, temperature)
 
 
-class _Model(nn.Module):
+class NativeModel(nn.Module):
     """A decoder that has a head: what the causal and the scalar model share."""
 
     native = True  # the C++ program knows this decoder
@@ -63,7 +64,7 @@ class _Model(nn.Module):
         self.decoder.gradient_checkpointing = on
 
 
-class CausalLM(_Model):
+class CausalLM(NativeModel):
     """A language model over packed batches. It has no dropout, in training as in evaluation."""
 
     def __init__(self, spec: DecoderSpec) -> None:
@@ -97,7 +98,7 @@ class CausalLM(_Model):
         return logits
 
 
-class ScalarModel(_Model):
+class ScalarModel(NativeModel):
     """A number for any row: a reward at the last token, or a value at every token.
 
     Saved, it is ``AutoModelForSequenceClassification`` with one label.

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from hybrid_kernels import ops
 from hybrid_kernels.nn import Linear
-from torch import Tensor, nn
+
+from .heads import NativeModel
 
 TARGETS = ("qkv", "attn_out", "mlp_in", "mlp_out")
 
@@ -30,7 +33,7 @@ class LoRAConfig:
             raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {list(self.targets)}")
 
 
-def apply_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+def apply_lora(model: NativeModel, config: LoRAConfig, seed: int = 0) -> None:
     """Freeze the decoder and the language-model head; add trainable adapters that start as zero.
 
     A is uniform as in Kaiming's rule for linear layers, B is zero, so the first forward equals the

@@ -41,8 +41,8 @@ class PackedBatch(NamedTuple):
         return int(self.lengths.max()) if self.num_sequences else 0
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = (t.to(device) for t in (self.input_ids, self.positions, self.cu_seqlens))
-        return PackedBatch(*moved, max_length=self.max_length)
+        ids, positions = self.input_ids.to(device), self.positions.to(device)
+        return PackedBatch(ids, positions, self.cu_seqlens.to(device), self.max_length)
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedBatch:

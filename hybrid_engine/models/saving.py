@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hybrid_kernels.nn import Linear
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hybrid_engine.errors import UserError
+from hybrid_kernels.nn import Linear
 
-from .checkpoint_files import CONFIG, GENERATION_CONFIG
+from .checkpoint_files import CONFIG, GENERATION_CONFIG, Source
 from .families import HEAD, SCORE, family_of_type
-from .heads import ScalarModel
+from .foreign import ForeignModel
+from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import merged_weight
 from .tokenizers import scoring_pad_token, write_tokenizer
+
+AnyModel = NativeModel | ForeignModel
 
 _MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
 
 
 def save_model(
-    model: nn.Module,
+    model: AnyModel,
     directory: str | Path,
     tokenizer: Any | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
@@ -42,8 +45,11 @@ def save_model(
     """
     directory = Path(directory)
     with written_atomically(directory, _is_writer()) as target:
-        if model.native:
-            _write_weights(model, target, max_shard_bytes)
+        if not isinstance(model, NativeModel):
+            if target is not None:
+                model.save(target, tokenizer)
+            return
+        _write_weights(model, target, max_shard_bytes)
         if target is not None:
             _write_companions(model, target, tokenizer)
 
@@ -78,20 +84,20 @@ def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(model: NativeModel) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a native model as transformers has them; adapters merged.
 
     A tensor may be a view of a parameter and, under ZeRO-3, lives until the next one is asked for.
     """
-    if model.source is None:
-        raise ValueError("only a model that was loaded from a directory can be saved")
-    family = family_of_type(model.source.config["model_type"])
+    family = family_of_type(_source(model).config["model_type"])
     for entry in family.entries(model.spec):
         path, leaf = f"decoder.{entry.name}".rsplit(".", 1)
         owner = model.get_submodule(path)
         with _gathered(owner):
-            merges = leaf == "weight" and isinstance(owner, Linear)
-            tensor = merged_weight(owner) if merges else getattr(owner, leaf).detach()
+            if leaf == "weight" and isinstance(owner, Linear):
+                tensor = merged_weight(owner)
+            else:
+                tensor = getattr(owner, leaf).detach()
             parts = tensor.split(entry.rows) if entry.rows else (tensor,)
             for source, part in zip(entry.sources, parts, strict=True):
                 turned = entry.transposed and part.dim() == 2
@@ -99,9 +105,15 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(model, ScalarModel):
         with _gathered(model.score):
             yield SCORE, model.score.weight.detach()
-    elif not model.spec.tied_head:
+    elif isinstance(model, CausalLM) and not model.spec.tied_head:
         with _gathered(model.head):
             yield HEAD, model.head.weight.detach()
+
+
+def _source(model: NativeModel) -> Source:
+    if model.source is None:
+        raise ValueError("only a model that was loaded from a directory can be saved")
+    return model.source
 
 
 def _partitioned(module: nn.Module, recurse: bool) -> list[nn.Parameter]:
@@ -123,7 +135,7 @@ def _gathered(module: nn.Module) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def _write_weights(model: nn.Module, target: Path | None, max_shard_bytes: int) -> None:
+def _write_weights(model: NativeModel, target: Path | None, max_shard_bytes: int) -> None:
     temporary = bool(_partitioned(model, recurse=True))
     if target is None and not temporary:
         return
@@ -163,20 +175,18 @@ class _ShardWriter:
         if len(self.shards) == 1:
             (self.target / "shard-0").rename(self.target / "model.safetensors")
             return
-        weight_map = {}
-        for index, names in enumerate(self.shards):
-            final = f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            (self.target / f"shard-{index}").rename(self.target / final)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.shards):
+            final = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
+            (self.target / f"shard-{number}").rename(self.target / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         _write_json(self.target / "model.safetensors.index.json", index)
 
 
-def _write_companions(model: nn.Module, target: Path, tokenizer: Any | None) -> None:
-    if not model.native:
-        model.save(target, tokenizer)
-        return
-    source, config = model.source, dict(model.source.config)
+def _write_companions(model: NativeModel, target: Path, tokenizer: Any | None) -> None:
+    source = _source(model)
+    config = dict(source.config)
     causal, classifier = family_of_type(config["model_type"]).architectures[config["model_type"]]
     pad_id = None
     if isinstance(model, ScalarModel):

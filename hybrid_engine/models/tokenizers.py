@@ -45,8 +45,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
     return sorted({path for name in _NAMES for path in directory.glob(name) if path.is_file()})
 
 
-def write_tokenizer(target: Path, source: Path, tokenizer: Any | None, pad_id: int | None) -> None:
-    """Put a tokenizer into ``target``: the given one, or the source directory's files as they are.
+def write_tokenizer(target: Path, source: Path, tokenizer: Any, pad_id: int | None) -> None:
+    """Put a tokenizer into ``target``: the given one, or (None) the source's files as they are.
 
     ``pad_id`` replaces the padding token in the written copy where it differs.
     """
@@ -58,7 +58,10 @@ def write_tokenizer(target: Path, source: Path, tokenizer: Any | None, pad_id: i
             return
         for path in files:
             shutil.copyfile(path, target / path.name)
-        if pad_id is None or (tokenizer := load_tokenizer(source)).pad_token_id == pad_id:
+        if pad_id is None:
+            return
+        tokenizer = load_tokenizer(source)
+        if tokenizer.pad_token_id == pad_id:
             return
     if pad_id is not None and tokenizer.pad_token_id != pad_id:
         tokenizer = copy.deepcopy(tokenizer)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .packing import PackedBatch
+
+if TYPE_CHECKING:
+    from .heads import NativeModel
 
 
 class Trunk(NamedTuple):
@@ -19,13 +22,13 @@ class Trunk(NamedTuple):
 
 
 @torch.no_grad()
-def compute_trunk(model: nn.Module, batch: PackedBatch, stop: int) -> Trunk:
+def compute_trunk(model: NativeModel, batch: PackedBatch, stop: int) -> Trunk:
     """Run embedding and blocks ``[0, stop)`` once, for every model that shares them."""
     decoder = model.decoder
     return Trunk(decoder.run_blocks(decoder.embed(batch), batch, 0, stop), stop)
 
 
-def frozen_blocks(model: nn.Module) -> int:
+def frozen_blocks(model: NativeModel) -> int:
     """Number of leading blocks that, like everything before them, have nothing to train."""
     decoder = model.decoder
     before = [p for module in decoder.embedding_modules() for p in module.parameters()]
@@ -38,16 +41,16 @@ def frozen_blocks(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def share_frozen_trunk(models: Sequence[nn.Module]) -> int:
+def share_frozen_trunk(models: Sequence[NativeModel]) -> int:
     """Make models share the storage of equal frozen parameters; return how many blocks they share.
 
     The count is that of the common trunk: leading blocks (with the embedding before them) that are
     frozen in every model and equal byte for byte, so that ``compute_trunk`` of any of them serves
     all. Frozen parameters elsewhere (a reference's head and a policy's) share storage too.
     Call it before the models are given to a training engine: ZeRO-3 partitions each model's
-    parameters on their own afterwards.
+    parameters on their own afterwards. A model that runs through transformers makes it 0.
     """
-    if len(models) < 2 or any(not getattr(model, "native", False) for model in models):
+    if len(models) < 2 or any(not model.native for model in models):
         return 0
     first, others = models[0], models[1:]
     for other in others:
@@ -81,7 +84,7 @@ def _equal_bytes(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _same_arithmetic(a: nn.Module, b: nn.Module) -> bool:
+def _same_arithmetic(a: NativeModel, b: NativeModel) -> bool:
     """Equal specs, up to what comes after the blocks."""
     after = {"tied_head", "final_norm", "vocab_size", "num_layers"}
     left, right = a.spec.as_dict(), b.spec.as_dict()

@@ -1,4 +1,4 @@
-"""Random tiny transformers models of every layout, and the comparison with ours on ragged batches."""
+"""Random tiny transformers models of every layout, compared with ours on ragged batches."""
 
 from __future__ import annotations
 
@@ -159,7 +159,9 @@ def peer_logits(peer: torch.nn.Module, sequences: list[list[int]], side: str) ->
 
 
 @torch.no_grad()
-def worst_logit_gap(model: Any, peer: torch.nn.Module, sequences: list[list[int]], side: str) -> float:
+def worst_logit_gap(
+    model: Any, peer: torch.nn.Module, sequences: list[list[int]], side: str
+) -> float:
     """Largest absolute difference of any logit of any real token."""
     batch = pack(sequences)
     ours, theirs = unpack(model.logits(batch), batch), peer_logits(peer, sequences, side)

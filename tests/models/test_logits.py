@@ -10,7 +10,15 @@ import torch
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import load_causal_lm, pack, response_rows
 
-from .peers import CONTEXT, LAYOUTS, ONE_OF_EACH_FAMILY, padded, ragged, save_causal, worst_logit_gap
+from .peers import (
+    CONTEXT,
+    LAYOUTS,
+    ONE_OF_EACH_FAMILY,
+    padded,
+    ragged,
+    save_causal,
+    worst_logit_gap,
+)
 
 # The issue's bound. Logits here are of order one and fp32 sums of 72 terms differ by a few ulp, so
 # anything near it would be a different formula.
@@ -82,9 +90,7 @@ def test_gradients_equal_transformers_autograd(
 ) -> None:
     """Compared in transformers' names: gradients travel through the same splits as weights."""
     plain = save_causal(layout, tmp_path)
-    exact = _next_token_loss_gradients(
-        save_causal(layout, tmp_path / "again").double(), ragged()
-    )
+    exact = _next_token_loss_gradients(save_causal(layout, tmp_path / "again").double(), ragged())
     theirs = _next_token_loss_gradients(plain, ragged())
     model = load_causal_lm(tmp_path)
     model.gradient_checkpointing = checkpointing

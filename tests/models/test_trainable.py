@@ -138,9 +138,7 @@ def test_a_shared_trunk_gives_the_same_bits_as_the_whole_forward(
         whole, continued = model(batch, rows, targets), model(batch, rows, targets, trunk=trunk)
         assert torch.equal(whole.logprobs, continued.logprobs)
         assert torch.equal(whole.entropies, continued.entropies)
-    assert torch.equal(
-        value(batch, last_rows(batch)), value(batch, last_rows(batch), trunk=trunk)
-    )
+    assert torch.equal(value(batch, last_rows(batch)), value(batch, last_rows(batch), trunk=trunk))
 
 
 def test_gradients_do_not_depend_on_the_trunk(tmp_path: Path) -> None:
