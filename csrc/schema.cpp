@@ -8,6 +8,7 @@ TORCH_LIBRARY(hybrid_kernels, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, int[] lora_splits)"
       " -> Tensor");
+  m.def("matmul(Tensor a, Tensor b) -> Tensor");  // [M,K] [K,N], any strides: the backward's products, sums in order
 
   // norm: the residual forms return (normalised, x + residual)
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)");

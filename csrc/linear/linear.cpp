@@ -5,8 +5,11 @@
 namespace hybrid {
 
 HYBRID_DECLARE_SIMD(void linear(const LinearArgs& args))
+HYBRID_DECLARE_SIMD(void matmul(const MatmulArgs& args))
 
 void linear(const LinearArgs& args) { HYBRID_PICK_SIMD(linear)(args); }
+
+void matmul(const MatmulArgs& args) { HYBRID_PICK_SIMD(matmul)(args); }
 
 void add_low_rank(const LowRankArgs& args) {
   const int64_t width = args.num_splits * args.R;

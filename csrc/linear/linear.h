@@ -22,6 +22,18 @@ struct LinearArgs {
 };
 void linear(const LinearArgs& args);
 
+// y[M,N] = a[M,K] b[K,N], with the same order of sums: the products of the backward.
+struct MatmulArgs {
+  const float* a;  // element (m, k) at a[m * a_row + k * a_col]
+  int64_t a_row, a_col;
+  const float* b;  // [K, N], row stride ldb
+  int64_t ldb;
+  float* y;  // [M, N], row stride ldy
+  int64_t ldy;
+  int64_t M, N, K;
+};
+void matmul(const MatmulArgs& args);
+
 // The low-rank term, added in place: y[:, split_i] += scale * (x A_i^T) B_i^T, where A stacks the splits' [R, K] blocks
 // ([splits*R, K]) and B holds [N, R], its rows belonging to the split they fall in.
 struct LowRankArgs {

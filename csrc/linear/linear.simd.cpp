@@ -4,7 +4,7 @@
 // registers. Bound by reading w (4 N K bytes).
 // Many rows: a task owns some panels of kPanelCols weight rows and a chunk of x's rows. A panel is packed into L1 a K-block at
 // a time and used by the whole chunk; sums travel between K-blocks through a small buffer, exactly. Bound by arithmetic.
-// Both sum over k in order (tile.h), so they give the same bits.
+// Both sum over k in order (tile.h), so they give the same bits. matmul, for the backward, is the second way with other strides.
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "linear/linear.h"
@@ -79,8 +79,29 @@ void strips(const LinearArgs& args) {
   });
 }
 
-// One panel of weight rows [col, col + kPanelCols) against rows [first, first + rows) of x.
-void panel_rows(const LinearArgs& args, int64_t col, int64_t first, int64_t rows) {
+// How the right factor lies in memory: a weight [N, K], or [K, N].
+enum class Layout { kColumnsAsRows, kRows };
+
+// packed[k][c] = b[col + c, k] for c < cols, zero up to packed_cols.
+template <Layout kLayout>
+void pack_panel(const LinearArgs& args, int64_t col, int64_t cols, int64_t first_k, int64_t depth, float* packed,
+                int64_t packed_cols) {
+  if constexpr (kLayout == Layout::kColumnsAsRows) {
+    pack_transposed(args.w + col * args.ldw + first_k, args.ldw, cols, depth, packed, packed_cols, kPanelCols);
+  } else {
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* row = args.w + (first_k + k) * args.ldw + col;
+      for (int64_t c = 0; c < packed_cols; c += Vec::width) {
+        const Vec piece = cols - c >= Vec::width ? Vec::load(row + c) : Vec::load(row + c, cols - c);
+        piece.store(packed + k * kPanelCols + c);
+      }
+    }
+  }
+}
+
+// One panel of columns [col, col + kPanelCols) against rows [first, first + rows) of x.
+template <Layout kLayout>
+void panel_rows(const LinearArgs& args, const Factor& x, int64_t col, int64_t first, int64_t rows) {
   float* panel = thread_scratch(ScratchSlot::kLinear, kPanelDepth * kPanelCols + rows * kPanelCols);
   float* sums = panel + kPanelDepth * kPanelCols;
   const int64_t cols = smaller(kPanelCols, args.N - col);
@@ -89,11 +110,11 @@ void panel_rows(const LinearArgs& args, int64_t col, int64_t first, int64_t rows
   int64_t k = 0;
   do {
     const int64_t depth = smaller(kPanelDepth, args.K - k);
-    pack_transposed(args.w + col * args.ldw + k, args.ldw, cols, depth, panel, packed_cols, kPanelCols);
+    pack_panel<kLayout>(args, col, cols, k, depth, panel, packed_cols);
     for (int64_t row = 0; row < rows; row += block_rows) {
       const int64_t block = smaller(block_rows, rows - row);
       float* block_sums = sums + row * kPanelCols;
-      multiply_panel(block, packed_cols, {args.x + (first + row) * args.ldx + k, args.ldx, 1}, panel, kPanelCols, depth,
+      multiply_panel(block, packed_cols, x.from(first + row, k), panel, kPanelCols, depth,
                      {block_sums, kPanelCols, k > 0});
       if (k + depth >= args.K) finish(args, block_sums, kPanelCols, first + row, block, col, cols);
     }
@@ -101,7 +122,8 @@ void panel_rows(const LinearArgs& args, int64_t col, int64_t first, int64_t rows
   } while (k < args.K);
 }
 
-void panels(const LinearArgs& args) {
+template <Layout kLayout>
+void panels(const LinearArgs& args, const Factor& x) {
   const int64_t count = ceil_div(args.N, kPanelCols);
   // Chunks shrink while there are too few panels to share, down to four register tiles.
   const int64_t wanted = ceil_div(4 * omp_get_max_threads(), count);
@@ -115,7 +137,7 @@ void panels(const LinearArgs& args) {
     const int64_t begin = task % groups * group;
     const int64_t end = smaller(count, begin + group);
     for (int64_t panel = begin; panel < end; ++panel) {
-      panel_rows(args, panel * kPanelCols, first, smaller(chunk_rows, args.M - first));
+      panel_rows<kLayout>(args, x, panel * kPanelCols, first, smaller(chunk_rows, args.M - first));
     }
   });
 }
@@ -127,8 +149,14 @@ void linear(const LinearArgs& args) {
   if (args.M <= kStripPathRows) {
     strips(args);
   } else {
-    panels(args);
+    panels<Layout::kColumnsAsRows>(args, {args.x, args.ldx, 1});
   }
+}
+
+void matmul(const MatmulArgs& args) {
+  if (args.M <= 0 || args.N <= 0) return;
+  panels<Layout::kRows>({.w = args.b, .ldw = args.ldb, .y = args.y, .ldy = args.ldy, .M = args.M, .N = args.N, .K = args.K},
+                        {args.a, args.a_row, args.a_col});
 }
 
 }  // namespace hybrid::HYBRID_ISA

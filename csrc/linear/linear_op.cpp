@@ -68,8 +68,29 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<T
   return y;
 }
 
+Tensor matmul_cpu(const Tensor& a, const Tensor& b_) {
+  Dims dims("matmul");
+  dims.expect(a, "a", {"M", "K"}).expect(b_, "b", {"K", "N"});
+  const Tensor b = b_.stride(1) == 1 && b_.stride(0) >= dims["N"] ? b_ : b_.contiguous();
+  const Tensor y = at::empty({dims["M"], dims["N"]}, a.options());
+  matmul({.a = a.const_data_ptr<float>(),
+          .a_row = a.stride(0),
+          .a_col = a.stride(1),
+          .b = b.const_data_ptr<float>(),
+          .ldb = b.stride(0),
+          .y = y.mutable_data_ptr<float>(),
+          .ldy = dims["N"],
+          .M = dims["M"],
+          .N = dims["N"],
+          .K = dims["K"]});
+  return y;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hybrid_kernels, CPU, m) { m.impl("linear", linear_cpu); }
+TORCH_LIBRARY_IMPL(hybrid_kernels, CPU, m) {
+  m.impl("linear", linear_cpu);
+  m.impl("matmul", matmul_cpu);
+}
 
 }  // namespace hybrid

@@ -113,6 +113,7 @@ struct Factor {
   const float* base;
   int64_t row_stride;
   int64_t depth_stride;
+  Factor from(int64_t row, int64_t k) const { return {base + row * row_stride + k * depth_stride, row_stride, depth_stride}; }
 };
 
 // Memory that the next tile will read: fetched a cache line a row while this tile computes.

@@ -37,7 +37,7 @@ def linear(
 
     Returns:
         ``[..., N]`` float32. The backward keeps only what the wanted gradients need, and computes
-        ``x A^T`` again; its products are torch's.
+        ``x A^T`` again. Its sums run in order too, so gradients do not depend on the thread count.
 
     Raises:
         ValueError: shapes that do not fit, or only one of ``lora_a`` and ``lora_b``.
@@ -48,6 +48,24 @@ def linear(
     if not use_native("linear", x, weight, bias, lora_a, lora_b):
         return reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
     return torch.ops.hybrid_kernels.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``, each element one chain of multiply-adds in order: what `linear`'s gradients are made of.
+
+    Args:
+        a: ``[M, K]`` float32, any strides (a transposed view costs no copy).
+        b: ``[K, N]`` float32.
+
+    Returns:
+        ``[M, N]`` float32.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if not use_native("matmul", a, b):
+        return reference.matmul(a, b)
+    return torch.ops.hybrid_kernels.matmul(a, b)
 
 
 def _fake(
@@ -77,41 +95,35 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_a, lora_b = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
-    grad = grad_y.reshape(-1, grad_y.shape[-1])
+    grad = grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
     rows = None if x is None else x.reshape(-1, x.shape[-1])
-    grad_x = grad @ weight if wants_x else None
-    grad_weight = grad.T @ rows if wants_weight else None
+    grad_x = matmul(grad, weight) if wants_x else None
+    grad_weight = matmul(grad.T, rows) if wants_weight else None
     grad_bias = grad.sum(0) if wants_bias else None
     grad_a = grad_b = None
-    if lora_a is not None or lora_b is not None:
-        grad_a, grad_b = _low_rank_backward(ctx, grad, rows, lora_a, lora_b, grad_x)
+    if lora_b is not None:
+        inner = _through_b(grad, lora_b, ctx.lora_splits).mul_(ctx.lora_scale)
+        if grad_x is not None:
+            grad_x += matmul(inner, lora_a)
+        grad_a = matmul(inner.T, rows) if wants_a else None
+    if wants_b:
+        grad_b = _grad_b(grad, linear(rows, lora_a).mul_(ctx.lora_scale), ctx.lora_splits)
     if grad_x is not None:
         grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
     return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None
 
 
-def _low_rank_backward(
-    ctx: Any,
-    grad: Tensor,
-    rows: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    grad_x: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of A and B; adds A's share to ``grad_x`` in place."""
-    _, _, _, wants_a, wants_b, *_ = ctx.needs_input_grad
-    grads = grad.split(ctx.lora_splits, dim=1)
-    grad_a = grad_b = None
-    if lora_b is not None:  # what arrives at x A^T
-        b = lora_b.split(ctx.lora_splits)
-        inner = torch.cat([g @ b_s for g, b_s in zip(grads, b, strict=True)], dim=1).mul_(ctx.lora_scale)
-        if grad_x is not None:
-            grad_x.addmm_(inner, lora_a)
-        grad_a = inner.T @ rows if wants_a else None
-    if wants_b:
-        projected = (rows @ lora_a.T).mul_(ctx.lora_scale).chunk(len(grads), dim=1)
-        grad_b = torch.cat([g.T @ p for g, p in zip(grads, projected, strict=True)])
-    return grad_a, grad_b
+def _through_b(grad: Tensor, lora_b: Tensor, splits: list[int]) -> Tensor:
+    """What arrives at ``x A^T``, ``[T, S * R]``: each split's gradient through its rows of B."""
+    pairs = zip(grad.split(splits, dim=1), lora_b.split(splits), strict=True)
+    return torch.cat([matmul(g, b) for g, b in pairs], dim=1)
+
+
+def _grad_b(grad: Tensor, projected: Tensor, splits: list[int]) -> Tensor:
+    """The gradient of B, ``[N, R]``, from ``projected = scale * x A^T [T, S * R]``."""
+    pairs = zip(grad.split(splits, dim=1), projected.chunk(len(splits), dim=1), strict=True)
+    return torch.cat([matmul(g.T, p) for g, p in pairs])
 
 
 register("linear", _fake, setup_context=_setup, backward=_backward)
+register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])))

@@ -26,3 +26,8 @@ def linear(
         x @ a.T @ b.T for a, b in zip(lora_a.chunk(len(splits)), lora_b.split(splits), strict=True)
     ]
     return y + lora_scale * torch.cat(parts, dim=-1)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a b``."""
+    return a @ b
