@@ -1,4 +1,4 @@
-"""Cases of the LoRA family. The mutating pair runs on clones here; test_lora.py is about its bytes."""
+"""Cases of the LoRA family. The mutating pair runs on clones; test_lora.py is about its bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RANK = 5
 
 
 def _inputs(shape: Shape, rng: torch.Generator) -> Args:
-    """Three uneven splits of ``shape.cols`` outputs (one split where there are fewer), ``shape.rows`` inputs."""
+    """Three uneven splits of ``shape.cols`` outputs (one of few), ``shape.rows`` inputs."""
     outputs, inputs = shape.cols, shape.rows
     first, second = outputs // 2, outputs // 4
     splits = [first, second, outputs - first - second] if outputs >= 4 else [outputs]

@@ -97,7 +97,9 @@ CASES = [
         make_inputs=_masked,
         operators={"masked_moments": lambda *args: args},
         bad_inputs=(
-            BadInput("float-mask", _with(1, torch.ones(3, 123)), r"mask has dtype Float; expected Bool"),
+            BadInput(
+                "float-mask", _with(1, torch.ones(3, 123)), r"mask has dtype Float; expected Bool"
+            ),
         ),
     ),
     OpCase(

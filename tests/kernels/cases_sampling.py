@@ -83,14 +83,16 @@ CASES = [
             BadInput(
                 "targets-too-few",
                 _with(1, torch.zeros(2, dtype=torch.int64)),
-                r"^token_logprobs: targets has shape \[2\]; expected \[N\] with N=3 \(from logits\)",
+                r"^token_logprobs: targets has shape \[2\]; expected \[N\] with N=3 \(from logits",
             ),
             BadInput(
                 "target-outside",
                 _with(1, torch.tensor([0, 123, 5])),
                 r"^token_logprobs: targets\[1\] is 123; expected 0 <= target < V=123",
             ),
-            BadInput("int32", _with(1, torch.zeros(3, dtype=torch.int32)), r"targets has dtype Int"),
+            BadInput(
+                "int32", _with(1, torch.zeros(3, dtype=torch.int32)), r"targets has dtype Int"
+            ),
             BadInput("cold", _with(2, 0.0), r"temperature is 0; expected a finite number >= 1e-06"),
             BadInput("infinite", _with(2, float("inf")), r"temperature is inf"),
         ),
@@ -99,7 +101,8 @@ CASES = [
         name="linear_token_logprobs",
         function=head.linear_token_logprobs,
         reference=_head_reference,
-        make_inputs=_head_inputs,  # gradients in test_head.py: their products are torch's, threads and all
+        make_inputs=_head_inputs,
+        differentiable=(0, 1),
         bad_inputs=(
             BadInput("no-chunk", _with(4, 0), r"chunk_rows is 0; expected at least 1"),
             BadInput(
@@ -115,11 +118,15 @@ CASES = [
         0,
         1.0,
         bad_inputs=(
-            BadInput("negative-k", _with(2, -1), r"^sample: top_k is -1; expected 0 \(all\) or more"),
+            BadInput(
+                "negative-k", _with(2, -1), r"^sample: top_k is -1; expected 0 \(all\) or more"
+            ),
             BadInput("no-mass", _with(3, 0.0), r"^sample: top_p is 0; expected 0 < top_p <= 1"),
             BadInput("too-cold", _with(1, 1e-9), r"^sample: temperature is 1e-09"),
             BadInput(
-                "nan", _with(0, torch.full((3, 123), torch.nan)), r"^sample: logits\[0\] is no distr"
+                "nan",
+                _with(0, torch.full((3, 123), torch.nan)),
+                r"^sample: logits\[0\] is no distr",
             ),
             BadInput(
                 "impossible",

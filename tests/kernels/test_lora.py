@@ -1,4 +1,4 @@
-"""Merging LoRA: the split layout, and an in-place pair that restores the base byte for byte, whatever the numbers."""
+"""Merging LoRA: the split layout, and an in-place pair that restores every byte of the base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _from_bits(bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weights_of_every_exponent(dtype: torch.dtype) -> Tensor:
-    """[256, 256], a row an exponent (denormals, infinities and NaNs included), both signs. bf16: every bit pattern."""
+    """[256, 256], a row an exponent, both signs; for bf16 that is every bit pattern."""
     exponent = torch.arange(256).unsqueeze(1)
     if dtype is torch.bfloat16:
         low = torch.arange(256).unsqueeze(0)
@@ -33,7 +33,7 @@ def _weights_of_every_exponent(dtype: torch.dtype) -> Tensor:
 
 
 def _ordinary(dtype: torch.dtype, delta: float) -> tuple[Tensor, Tensor, Tensor, float, list[int]]:
-    """A layer as trained: weights of scale 0.02, a delta that is a fraction of them, two splits of rank 8."""
+    """A layer as trained: weights of 0.02, a delta that is a fraction of them, two splits."""
     rng = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(96, 200, generator=rng)
     a, b = torch.randn(16, 200, generator=rng), torch.randn(96, 8, generator=rng)
@@ -47,7 +47,9 @@ def test_each_split_has_its_own_pair(dtype: torch.dtype) -> None:
     for rows, pair in [(slice(0, 64), slice(0, 8)), (slice(64, 96), slice(8, 16))]:
         exact = weight[rows].double() + scale * (b[rows].double() @ a[pair].double())
         rounding = exact.abs() * torch.finfo(dtype).eps / 2
-        products = scale * (b[rows].double().abs() @ a[pair].double().abs())  # at most ten roundings of partial sums
+        products = scale * (
+            b[rows].double().abs() @ a[pair].double().abs()
+        )  # at most ten roundings of partial sums
         assert ((merged[rows].double() - exact).abs() <= rounding + 10 * 2**-24 * products).all()
     assert merged.data_ptr() != weight.data_ptr()
 
@@ -68,7 +70,7 @@ def test_hundred_cycles_leave_the_base_alone(dtype: torch.dtype, delta: float) -
 
 
 def test_ordinary_weights_cost_one_byte() -> None:
-    """A weight escapes when it is below about 1/128 of its delta: one in several thousand for a delta of 1 %."""
+    """A weight escapes below about 1/128 of its delta: one in thousands for a delta of 1 %."""
     for dtype in DTYPES:
         weight, *factors = _ordinary(dtype, 0.01)
         record = lora_merge_(weight, *factors)
@@ -78,12 +80,16 @@ def test_ordinary_weights_cost_one_byte() -> None:
 
 
 @both_dtypes
-@pytest.mark.parametrize("exponent", [-149, -140, -126, -100, -60, -24, -10, -1, 0, 1, 7, 24, 60, 100, 127])
+@pytest.mark.parametrize(
+    "exponent", [-149, -140, -126, -100, -60, -24, -10, -1, 0, 1, 7, 24, 60, 100, 127]
+)
 def test_every_exponent_is_restored(dtype: torch.dtype, exponent: int) -> None:
-    """Deltas +-2^exponent and neighbours onto weights of every exponent: overflow, underflow, absorption, cancellation."""
+    """Deltas of one exponent onto weights of all: overflow, underflow, absorption, cancellation."""
     weight = _weights_of_every_exponent(dtype)
     before = _bits(weight).clone()
-    a = torch.full((1, 256), 2.0**exponent) * torch.linspace(1, 1.99, 256).mul(1 - 2 * (torch.arange(256) % 2))
+    a = torch.full((1, 256), 2.0**exponent) * torch.linspace(1, 1.99, 256).mul(
+        1 - 2 * (torch.arange(256) % 2)
+    )
     b = torch.ones(256, 1)
     factors = (a, b, 1.0, [256])
     record = lora_merge_(weight, *factors)
@@ -103,7 +109,7 @@ def test_special_deltas_are_undone(dtype: torch.dtype, value: float) -> None:
 
 @both_dtypes
 def test_exact_cancellation_is_undone(dtype: torch.dtype) -> None:
-    """delta = -weight, and one unit in the last place beside it: the merged weight is 0 or nearly so."""
+    """delta = -weight, or one unit beside it: the merged weight is 0 or nearly so."""
     row = torch.linspace(-3, 3, 257).to(dtype)
     weight = row.repeat(3, 1)
     before = _bits(weight).clone()
@@ -120,7 +126,9 @@ def test_factors_in_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
     weight, a, b, scale, splits = _ordinary(dtype, 0.1)
     factors = (a.to(dtype), b.to(dtype), scale, splits)
     merged = lora_merge(weight, *factors)
-    assert torch.equal(merged, lora_merge(weight, a.to(dtype).float(), b.to(dtype).float(), scale, splits))
+    assert torch.equal(
+        merged, lora_merge(weight, a.to(dtype).float(), b.to(dtype).float(), scale, splits)
+    )
     before = weight.clone()
     lora_unmerge_(weight, *factors, lora_merge_(weight, *factors))
     assert torch.equal(weight, before)
@@ -140,14 +148,18 @@ def test_a_changed_operand_is_refused(position: int, name: str) -> None:
     operands = list(_ordinary(torch.float32, 0.1))
     record = lora_merge_(*operands)
     operands[position].mul_(2)
-    with pytest.raises(ValueError, match=f"^lora_unmerge_: {name} was changed in place after lora_merge_"):
+    with pytest.raises(
+        ValueError, match=f"^lora_unmerge_: {name} was changed in place after lora_merge_"
+    ):
         lora_unmerge_(*operands, record)
 
 
 def test_only_contiguous_weights_merge_in_place() -> None:
     weight, *factors = _ordinary(torch.float32, 0.1)
     wide = torch.zeros(96, 400)
-    with pytest.raises(ValueError, match=r"^lora_merge_: weight has strides \[400, 2\]; expected contig"):
+    with pytest.raises(
+        ValueError, match=r"^lora_merge_: weight has strides \[400, 2\]; expected contig"
+    ):
         lora_merge_(wide[:, ::2], *factors)
 
 

@@ -63,7 +63,7 @@ def test_lambda_one_returns_are_the_rewards_to_go() -> None:
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 def test_whitening_is_the_formula_of_trl(shift_mean: bool) -> None:
-    """masked_mean, masked_var with Bessel's factor, (x - mean) * rsqrt(var + 1e-8), the mean added back on request."""
+    """masked_mean, masked_var with Bessel's factor, rsqrt(var + 1e-8), the mean added back."""
     x, mask = 3 * _random(5, 40) + 7, _mask(5, 40)
     white = masked_whiten(x, mask, shift_mean=shift_mean)
     kept = [v for v, m in zip(x.flatten().tolist(), mask.flatten().tolist(), strict=True) if m]
@@ -134,7 +134,7 @@ def test_policy_loss_of_a_table() -> None:
 
 
 def test_losses_are_the_formulas_of_trl() -> None:
-    """TRL's PPOTrainer: masked means of max(-A r, -A clip(r)) and 0.5 max((V - R)^2, (V_clip - R)^2), and its statistics."""
+    """TRL's PPOTrainer: masked means of its two losses, and its statistics."""
     mask, new, advantage = _mask(6, 33), _random(6, 33, seed=1), _random(6, 33, seed=2)
     old = new + 0.3 * _random(6, 33, seed=3)
     loss, stats = ppo_policy_loss(new, old, advantage, mask, 0.2, 0.2)
@@ -154,14 +154,16 @@ def test_losses_are_the_formulas_of_trl() -> None:
     v, o, r = value.double(), old_value.double(), target.double()
     losses = (v - r) ** 2
     losses2 = (torch.clamp(v, o - 0.2, o + 0.2) - r) ** 2
-    assert loss.item() / count == pytest.approx(0.5 * torch.max(losses, losses2)[mask].mean().item())
+    assert loss.item() / count == pytest.approx(
+        0.5 * torch.max(losses, losses2)[mask].mean().item()
+    )
     assert stats.clipped / count == (losses2 > losses)[mask].double().mean().item()
     explained = 1 - (r - v)[mask].var() / r[mask].var()
     assert stats.explained_variance() == pytest.approx(explained.item())
 
 
 def test_value_loss_of_a_table() -> None:
-    """Values against old value 0, clip 0.2, return 1: outside on the near side clips, on the far side does not."""
+    """Old value 0, clip 0.2, return 1: beyond the near side clips, beyond the far side does not."""
     values = torch.tensor([[0.1, 0.5, -0.5]], requires_grad=True)
     zeros, ones = torch.zeros(1, 3), torch.ones(1, 3)
     loss, stats = ppo_value_loss(values, zeros, ones, ones.bool(), 0.2)
@@ -189,7 +191,7 @@ def test_what_the_mask_hides_does_not_matter() -> None:
     policy, _ = ppo_policy_loss(*hidden[:3], mask, 0.2, 0.2)
     value, _ = ppo_value_loss(hidden[0], *hidden[1:3], mask, 0.2)
     (policy + value).backward()
-    assert policy.isfinite() and value.isfinite()
+    assert (policy + value).isfinite()
     assert hidden[0].grad[~mask].eq(0).all()
     assert hidden[0].grad.isfinite().all()
     assert masked_whiten(hidden[3], mask).isfinite().all()
@@ -197,7 +199,9 @@ def test_what_the_mask_hides_does_not_matter() -> None:
 
 def test_an_empty_mask_gives_zero() -> None:
     x, nothing = _random(2, 5), torch.zeros(2, 5, dtype=torch.bool)
-    policy, stats = ppo_policy_loss(x.requires_grad_(), x.detach() + 1, x.detach(), nothing, 0.2, 0.2)
+    policy, stats = ppo_policy_loss(
+        x.requires_grad_(), x.detach() + 1, x.detach(), nothing, 0.2, 0.2
+    )
     policy.backward()
     assert (policy.item(), stats.count, stats.ratio_max) == (0, 0, 0)
     assert x.grad.eq(0).all()
@@ -206,7 +210,7 @@ def test_an_empty_mask_gives_zero() -> None:
 
 
 def test_micro_batches_add_up() -> None:
-    """Loss, gradient and statistics of a batch are the sums of those of its parts, as gradient accumulation needs."""
+    """Loss, gradient and statistics of a batch are the sums of its parts: gradient accumulation."""
     mask = _mask(8, 4100)
     new, advantage = _random(8, 4100, seed=1), _random(8, 4100, seed=2)
     old = new + 0.2 * _random(8, 4100, seed=3)

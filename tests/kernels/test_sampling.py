@@ -1,4 +1,4 @@
-"""Scoring and sampling beyond the walk over all operators: exactness, distributions, kept sets, streams."""
+"""Scoring and sampling beyond the common tests: exactness, distributions, kept sets, streams."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _draw(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, seed=5, first_id=
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 1.7])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
 def test_logprob_is_within_1e_6_of_float64(spread: float, temperature: float) -> None:
-    """Half an ulp of the result, and 5e-7 for the sum: at most four float roundings and an exp good to 2 ulp."""
+    """Half an ulp of the result, and 5e-7 for the sum: four roundings and an exp good to 2 ulp."""
     logits = _logits(8, 50257, spread, seed=1)
     targets = torch.cat([logits[:4].argmax(-1), logits[4:].argmin(-1)])
     logprob, entropy = token_logprobs(logits, targets, temperature)
@@ -51,7 +51,7 @@ def test_sampled_logprob_has_the_bits_of_the_score(vocab: int) -> None:
 
 
 def test_impossible_tokens_cost_nothing() -> None:
-    """-inf logits: the scores and gradients of the remaining vocabulary, and a draw that never lands there."""
+    """-inf logits: scores and gradients of the remaining vocabulary, and no draw lands there."""
     logits = _logits(6, 200)
     masked = logits.clone()
     masked[:, 100:] = -torch.inf
@@ -92,7 +92,7 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 
 def _chi_square(tokens: Tensor, probabilities: Tensor) -> None:
-    """Pearson's statistic within four standard deviations of its mean, over cells expecting at least five."""
+    """Pearson's statistic within four standard deviations of its mean, over cells of five."""
     expected = probabilities.double() * len(tokens)
     observed = torch.bincount(tokens, minlength=len(expected)).double()
     assert (observed[expected == 0] == 0).all()
@@ -136,14 +136,17 @@ def test_greedy_takes_the_first_of_equal_maxima() -> None:
 
 
 def test_a_draw_belongs_to_its_sample() -> None:
-    """Order, batch size and thread count change nothing; seed, sample and position change the draw."""
+    """Order, batch and thread count change nothing; seed, sample and position do."""
     logits = _logits(1, 5000).expand(64, 5000)
     ids, positions = torch.arange(64) * 2**40, torch.arange(64)
     whole = sample(logits, 1.0, 0, 0.95, 3, ids, positions)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     shuffled = sample(logits, 1.0, 0, 0.95, 3, ids[order], positions[order])
     assert_same_bits([t[order] for t in whole], list(shuffled))
-    single = [sample(logits[i : i + 1], 1.0, 0, 0.95, 3, ids[i : i + 1], positions[i : i + 1]) for i in range(64)]
+    single = [
+        sample(logits[i : i + 1], 1.0, 0, 0.95, 3, ids[i : i + 1], positions[i : i + 1])
+        for i in range(64)
+    ]
     assert_same_bits(list(whole), [torch.cat(column) for column in zip(*single, strict=True)])
     for other in (
         sample(logits, 1.0, 0, 0.95, 4, ids, positions),
@@ -176,7 +179,7 @@ def test_philox_known_answers(counter, key, words) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
 def test_kernel_draws_philox_uniforms(seed: int) -> None:
-    """Over equal logits the token is the uniform's leading bits: sixteen blocks of 64 are ten of them."""
+    """Over equal logits the token is the uniform's ten leading bits (16 blocks of 64)."""
     ids = torch.tensor([0, 1, 2**31, 2**33 + 5, 2**62]).repeat_interleave(40)
     positions = torch.arange(200) * 16_000_000
     drawn = sample(torch.zeros(200, 1024), 1.0, 0, 1.0, seed, ids, positions)
@@ -226,7 +229,9 @@ def test_kept_set_is_that_of_transformers(spread, temperature, top_k, top_p) -> 
     mass = (logits.double() / temperature).softmax(-1).masked_fill(~kept, 0).sum(-1)
     torch.testing.assert_close(drawn.kept_mass.double(), mass, rtol=1e-6, atol=0)
     least = logits.masked_fill(~kept, torch.inf).amin(-1)
-    assert_same_bits(drawn.threshold, least)  # a logit of the row itself: the mask can be rebuilt from it
+    assert_same_bits(
+        drawn.threshold, least
+    )  # a logit of the row itself: the mask can be rebuilt from it
 
 
 def test_ties_at_the_threshold_are_kept_whole() -> None:
@@ -234,7 +239,9 @@ def test_ties_at_the_threshold_are_kept_whole() -> None:
     by_count = _draw(logits, top_k=2)
     assert by_count.threshold.item() == 2.0
     weights = logits[0].double().exp()
-    torch.testing.assert_close(by_count.kept_mass.item(), (weights[:4].sum() / weights.sum()).item())
+    torch.testing.assert_close(
+        by_count.kept_mass.item(), (weights[:4].sum() / weights.sum()).item()
+    )
     assert _draw(logits, top_k=5).threshold.item() == 0.0
     assert _draw(logits, top_k=6).threshold.item() == 0.0  # -0 and 0 are one logit
     assert _draw(logits, top_p=0.8).threshold.item() == 2.0

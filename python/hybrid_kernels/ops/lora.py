@@ -1,8 +1,8 @@
 """Merging a low-rank adapter into its weight, and taking it out again without a trace.
 
-LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Subtracting a delta that was added does not give
-the old weight back in floating point; the in-place pair here does, by recording the few units in the last place that
-are lost.
+LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Subtracting a delta
+that was added does not give the old weight back in floating point; the in-place pair here does, by
+recording the few units in the last place that are lost.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def lora_merge(
     Args:
         weight: ``[N, K]`` float32 or bfloat16.
         lora_a: ``[S * R, K]``, the splits' A blocks stacked; float32 or the weight's dtype.
-        lora_b: ``[N, R]``, each row belonging to the split it falls in; float32 or the weight's dtype.
+        lora_b: ``[N, R]``, each row belonging to the split it falls in; float32 or the weight's
+            dtype.
         scale: ``alpha / R`` as a rule.
         splits: S output widths that sum to N.
 
     Returns:
-        ``[N, K]`` in the weight's dtype: the product and the sum in float32, one rounding. Without gradient.
+        ``[N, K]`` in the weight's dtype: the product and the sum in float32, one rounding. Without
+        gradient.
 
     Raises:
         ValueError: wrong shapes, dtypes or splits.
@@ -43,10 +45,14 @@ def lora_merge(
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What :func:`lora_unmerge_` needs to restore a base weight: one byte a weight, and the escapes."""
+    """What `lora_unmerge_` needs to restore a base weight: a byte a weight, and the escapes."""
 
-    residual: Tensor  # [N, K] int8, units in the last place between the base and what subtraction gives
-    escape_index: Tensor  # [E] int64, flat places where an int8 does not reach, or a value is not finite
+    residual: (
+        Tensor  # [N, K] int8, units in the last place between the base and what subtraction gives
+    )
+    escape_index: (
+        Tensor  # [E] int64, flat places where an int8 does not reach, or a value is not finite
+    )
     escape_value: Tensor  # [E] the base's values there
     versions: tuple[int | None, ...]  # of weight, lora_a and lora_b after the merge
 
@@ -58,8 +64,8 @@ def lora_merge_(
     """:func:`lora_merge` into the weight's own storage, which must be contiguous.
 
     Returns:
-        The record that :func:`lora_unmerge_` takes. Weights smaller than about 1/128 of their delta are escapes of 12
-        bytes each; others cost one byte.
+        The record that :func:`lora_unmerge_` takes. Weights smaller than about 1/128 of their delta
+        are escapes of 12 bytes each; others cost one byte.
     """
     arguments = (weight, lora_a, lora_b, scale, list(splits))
     if _native("lora_merge_", weight, lora_a, lora_b):
@@ -84,7 +90,8 @@ def lora_unmerge_(
     Takes the arguments of the merge, unchanged, on the same processor.
 
     Raises:
-        ValueError: wrong shapes or dtypes; or the weight or a factor was written to since the merge.
+        ValueError: wrong shapes or dtypes; or the weight or a factor was written to since the
+            merge.
     """
     names = ("weight", "lora_a", "lora_b")
     now = _versions(weight, lora_a, lora_b)
@@ -109,7 +116,7 @@ def _native(op: str, *tensors: Tensor) -> bool:
 
 
 def _mark_changed(weight: Tensor) -> None:
-    """Tells autograd of a change that a kernel made, so that a graph which saved the weight refuses to use it."""
+    """bfloat16 has kernels here, unlike elsewhere: only the other tensors decide."""
     if not weight.is_inference():
         torch.autograd.graph.increment_version(weight)
 

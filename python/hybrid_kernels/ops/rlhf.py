@@ -1,8 +1,9 @@
 """Advantages, whitening and PPO losses of a batch of responses.
 
-Per-token tensors are ``[B, T]`` float32 with a boolean mask of the same shape. Everything is summed in float64, in an order
-that does not depend on the number of threads. Losses are sums over the mask: the caller divides by the token count of
-the whole accumulation batch over all ranks, so that gradients depend on neither micro-batch nor world size.
+Per-token tensors are ``[B, T]`` float32 with a boolean mask of the same shape. Everything is summed
+in float64, in an order that does not depend on the number of threads. Losses are sums over the
+mask: the caller divides by the token count of the whole accumulation batch over all ranks, so that
+gradients depend on neither micro-batch nor world size.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over each response's own tokens (Schulman et al., 2016).
 
-    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``returns = A + V``; the value after a
-    response's last token is 0.
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``returns = A +
+    V``; the value after a response's last token is 0.
 
     Args:
         rewards: ``[B, T]`` float32.
@@ -34,8 +35,8 @@ def gae(
         lam: lambda, the weight of longer returns.
 
     Returns:
-        ``(advantages, returns)``, each ``[B, T]`` float32, zero past a response's length; returns come before any
-        whitening. Without gradient.
+        ``(advantages, returns)``, each ``[B, T]`` float32, zero past a response's length; returns
+        come before any whitening. Without gradient.
     """
     if not use_native("gae", rewards, values):
         return reference.gae(rewards, values, lengths, gamma, lam)
@@ -54,7 +55,14 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def combine_moments(moments: Tensor) -> Tensor:
-    """Moments of a union from those of its parts: ``[P, 3]`` to ``[3]`` float64 (Chan, Golub and LeVeque, 1979)."""
+    """Moments of a union from those of its parts (Chan, Golub and LeVeque, 1979).
+
+    Args:
+        moments: ``[P, 3]`` from :func:`masked_moments`.
+
+    Returns:
+        ``[3]`` float64.
+    """
     count, mean, squares = moments.double().unbind(1)
     total = count.sum()
     joint_mean = (count * mean).sum() / total.clamp(min=1)
@@ -66,12 +74,13 @@ def combine_moments(moments: Tensor) -> Tensor:
 def masked_whiten(
     x: Tensor, mask: Tensor, moments: Tensor | None = None, shift_mean: bool = True
 ) -> Tensor:
-    """``(x - mean) / sqrt(var + 1e-8)`` where ``mask`` holds, zero elsewhere, with Bessel's variance.
+    """Whitens ``x`` over ``mask``: ``(x - mean) / sqrt(var + 1e-8)``, with Bessel's variance.
 
     Args:
         x: any shape, float32.
         mask: bool, like ``x``.
-        moments: ``[3]`` float64 from :func:`masked_moments` or :func:`combine_moments`; of ``x`` itself by default.
+        moments: ``[3]`` float64 from :func:`masked_moments` or :func:`combine_moments`; of ``x``
+            itself by default.
         shift_mean: False adds the mean back, as reward whitening does.
     """
     if not use_native("masked_whiten", x):
@@ -135,8 +144,8 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped surrogate, summed over the mask (Schulman et al., 2017).
 
-    ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` with ``r = exp(logprob - old_logprob)``, the exponent cut at
-    +-20 (no gradient beyond).
+    ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` with ``r = exp(logprob - old_logprob)``,
+    the exponent cut at +-20 (no gradient beyond).
 
     Args:
         logprob: ``[B, T]`` float32, the policy being trained; gets the gradient.
@@ -148,7 +157,8 @@ def ppo_policy_loss(
         dual_clip: c > 1 bounds the loss by ``-c A`` where A < 0 (Ye et al., 2020); 0 for none.
 
     Returns:
-        ``(loss_sum, stats)``; ``loss_sum`` is a float64 scalar. The gradient is formed in the forward pass.
+        ``(loss_sum, stats)``; ``loss_sum`` is a float64 scalar. The gradient is formed in the
+        forward pass.
     """
     arguments = (logprob, old_logprob, advantages, mask, clip_low, clip_high, dual_clip)
     if use_native("ppo_policy_loss", logprob, old_logprob, advantages):
@@ -173,7 +183,8 @@ def ppo_value_loss(
         clip: at least 0; ``inf`` for the plain squared error.
 
     Returns:
-        ``(loss_sum, stats)``; ``loss_sum`` is a float64 scalar. The gradient is formed in the forward pass.
+        ``(loss_sum, stats)``; ``loss_sum`` is a float64 scalar. The gradient is formed in the
+        forward pass.
     """
     arguments = (values, old_values, returns, mask, clip)
     if use_native("ppo_value_loss", values, old_values, returns):
@@ -183,7 +194,8 @@ def ppo_value_loss(
     return loss_sum, ValueStats(*stats.tolist())
 
 
-# What torch must know. Both losses return (loss_sum, gradient of it, statistics); the gradient is all that is saved.
+# What torch must know. Both losses return (loss_sum, its gradient, statistics); only the gradient
+# is saved.
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -213,7 +225,5 @@ def _fake_loss(statistics: int) -> Any:
 register("gae", lambda rewards, *_: (_like(rewards), _like(rewards)))
 register("masked_moments", lambda x, mask: x.new_empty(3, dtype=torch.float64))
 register("masked_whiten", lambda x, *_: _like(x))
-register(
-    "ppo_policy_loss", _fake_loss(7), setup_context=_loss_setup, backward=_loss_backward
-)
+register("ppo_policy_loss", _fake_loss(7), setup_context=_loss_setup, backward=_loss_backward)
 register("ppo_value_loss", _fake_loss(6), setup_context=_loss_setup, backward=_loss_backward)

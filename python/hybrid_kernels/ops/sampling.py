@@ -1,7 +1,7 @@
-"""One row of logits to one token, and tokens back to log-probabilities, by one and the same arithmetic.
+"""One row of logits to a token, and tokens back to log-probabilities, by the same arithmetic.
 
-Sampling and scoring share the row function of ``csrc/sampling``: equal logits give equal bits, whatever else is in the
-batch and however many threads run.
+Sampling and scoring share the row function of ``csrc/sampling``: equal logits give equal bits,
+whatever else is in the batch and however many threads run.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def token_logprobs(
         temperature: finite, at least 1e-6.
 
     Returns:
-        ``(logprob, entropy)``, each ``[N]`` float32, in nats. The sum of exponentials runs in float64 over blocks of 64 and
-        the log-probability is rounded once. Rows with NaN or +inf give NaN. The backward keeps the logits, not their
-        softmax.
+        ``(logprob, entropy)``, each ``[N]`` float32, in nats. The sum of exponentials runs in
+        float64 over blocks of 64 and the log-probability is rounded once. Rows with NaN or +inf
+        give NaN. The backward keeps the logits, not their softmax.
 
     Raises:
         ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature.
@@ -60,22 +60,24 @@ def sample(
 ) -> Sample:
     """Draws one token a row, exactly, by inverse transform of one Philox uniform.
 
-    The order is temperature, top-k, then top-p on what top-k left, renormalised. Both keep every logit at or above a
-    threshold, so a tie at the threshold is kept whole. The uniform is keyed by (seed, sample id, position): a sample's
-    randomness depends on neither its batch nor its rank.
+    The order is temperature, top-k, then top-p on what top-k left, renormalised. Both keep every
+    logit at or above a threshold, so a tie at the threshold is kept whole. The uniform is keyed by
+    (seed, sample id, position): a sample's randomness depends on neither its batch nor its rank.
 
     Args:
         logits: ``[N, V]`` float32; ``-inf`` marks an impossible token.
-        temperature: at least 1e-6; or 0 for the argmax (lowest index on ties), which ignores ``top_k`` and ``top_p`` and
-            reports its log-probability at temperature 1.
+        temperature: at least 1e-6; or 0 for the argmax (lowest index on ties), which ignores
+            ``top_k`` and ``top_p`` and reports its log-probability at temperature 1.
         top_k: 0 keeps all.
-        top_p: in (0, 1]; the smallest set of most likely tokens with at least this mass. 1 keeps all.
+        top_p: in (0, 1]; the smallest set of most likely tokens with at least this mass. 1 keeps
+            all.
         seed: 64 bits.
         sample_ids: ``[N]`` int64, global numbers of the samples.
         positions: ``[N]`` int64, place of the new token in its sample; below 2^32.
 
     Raises:
-        ValueError: wrong shapes, dtypes or parameters; a row that holds NaN or +inf, or nothing but -inf.
+        ValueError: wrong shapes, dtypes or parameters; a row that holds NaN or +inf, or nothing but
+            -inf.
     """
     if not use_native("sample", logits):
         return Sample(
@@ -121,8 +123,8 @@ register(
 )
 register(
     "token_logprobs_backward",
-    lambda grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature: (
-        torch.empty_like(logits, memory_format=torch.contiguous_format)
+    lambda grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature: torch.empty_like(
+        logits, memory_format=torch.contiguous_format
     ),
 )
 register(

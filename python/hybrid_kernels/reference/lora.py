@@ -22,7 +22,7 @@ def lora_delta(lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]) 
 def lora_merge(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, splits: list[int]
 ) -> Tensor:
-    """``weight + lora_delta(...)`` in fresh storage: [N, K], the weight's dtype, one rounding from at least float32."""
+    """``weight + lora_delta(...)`` in fresh storage: [N, K], one rounding from at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     delta = lora_delta(lora_a.to(wide), lora_b.to(wide), scale, splits)
     return (weight.to(wide) + delta).to(weight.dtype)
@@ -33,9 +33,9 @@ def lora_merge_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Merge in place, and return what :func:`lora_unmerge_` needs to restore the base bit for bit.
 
-    Subtracting the delta again lands near the base, usually within a few units in the last place. The residual [N, K]
-    int8 counts those units; where the count does not fit, or a value is not finite, the base value itself is kept in the
-    escape list (flat index int64 [E], value [E]).
+    Subtracting the delta again lands near the base, usually within a few units in the last place.
+    The residual [N, K] int8 counts those units; where the count does not fit, or a value is not
+    finite, the base value itself is kept in the escape list (flat index int64 [E], value [E]).
     """
     base = weight.clone()
     weight.copy_(lora_merge(weight, lora_a, lora_b, scale, splits))
@@ -73,7 +73,7 @@ def _integer_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """Bits as int64 in the order of the values: neighbours differ by one, and -0 comes just before +0."""
+    """Bits as int64 in the order of the values: neighbours differ by 1, -0 comes before +0."""
     bits = x.contiguous().view(_integer_of(x.dtype)).to(torch.int64)
     top = 1 << (8 * x.dtype.itemsize - 1)
     return torch.where(bits < 0, -(bits + top) - 1, bits)

@@ -1,4 +1,4 @@
-"""Advantages, whitening and PPO losses in plain torch: per-token statistics of responses, [B, T]."""
+"""Advantages, whitening and PPO losses in plain torch: statistics of responses, [B, T]."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ WHITEN_EPS = 1e-8
 def gae(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over each row's first ``lengths[b]`` tokens (Schulman et al., 2016).
+    """Generalised advantage estimation over each row's first ``lengths[b]`` tokens.
 
-    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``, ``returns = A + V``. The value after
-    the last token is zero; results past a row's length are zero.
+    Schulman et al., "High-dimensional continuous control using generalized advantage estimation",
+    2016.
+
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}`` and
+    ``returns = A + V``. The value after the last token is zero, and so are results past a length.
     """
     steps = rewards.shape[1]
     inside = torch.arange(steps, device=rewards.device) < lengths.unsqueeze(1)
-    wide = torch.float64
-    reward, value = rewards.to(wide) * inside, values.to(wide) * inside
+    reward, value = (x.double().masked_fill(~inside, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(value)
-    next_value = torch.zeros(rewards.shape[0], dtype=wide, device=rewards.device)
+    next_value = torch.zeros_like(value[:, 0])
     next_advantage = torch.zeros_like(next_value)
     for t in range(steps - 1, -1, -1):
         delta = reward[:, t] + gamma * next_value - value[:, t]
@@ -33,7 +35,7 @@ def gae(
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Count, mean and sum of squared deviations where ``mask`` holds: [3] float64, zeros when nothing does."""
+    """Count, mean and sum of squared deviations where ``mask`` holds: [3] float64, or zeros."""
     kept = x[mask].double()
     if kept.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=x.device)
@@ -65,8 +67,8 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate summed over the mask (Schulman et al., 2017), and its statistics.
 
-    ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` with ``r = exp(logprob - old_logprob)``; with ``dual_clip``
-    c > 0, at most ``-c A`` where A < 0.
+    ``max(-A r, -A clamp(r, 1 - clip_low, 1 + clip_high))`` with ``r = exp(logprob - old_logprob)``;
+    with ``dual_clip`` c > 0, at most ``-c A`` where A < 0.
 
     Returns:
         ``(loss_sum [] float64, stats [7] float64)``; the statistics are those of

@@ -1,4 +1,4 @@
-"""Scoring and sampling in plain torch: the definition the kernels are held to, usable in float64."""
+"""Scoring and sampling in plain torch: what the kernels are held to, usable in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple
         temperature: > 0, rounded to float32 as the kernels take it.
 
     Returns:
-        ``(logprob [N], entropy [N] in nats)`` in the dtype of ``logits``. Differentiable by autograd.
+        ``(logprob [N], entropy [N] in nats)`` in the dtype of ``logits``. Differentiable by
+        autograd.
     """
     log_p = (logits / as_float32(temperature)).log_softmax(-1)
     logprob = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -33,7 +34,8 @@ def as_float32(x: float) -> float:
 def kept_threshold(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Least logit that top-k, then top-p on the renormalised top-k distribution, keep: [N].
 
-    Every logit equal to the threshold is kept, so ties may keep more than ``top_k`` tokens. ``-inf`` without truncation.
+    Every logit equal to the threshold is kept, so ties may keep more than ``top_k`` tokens.
+    ``-inf`` without truncation.
     """
     rows, vocab = logits.shape
     threshold = logits.new_full((rows,), float("-inf"))
@@ -59,8 +61,8 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Inverse-transform draw from each row's truncated distribution, one Philox uniform a row.
 
-    Same arguments and results as :func:`hybrid_kernels.ops.sampling.sample`, as a plain tuple. The cumulative sum runs
-    in float64 in vocabulary order.
+    Same arguments and results as :func:`hybrid_kernels.ops.sampling.sample`, as a plain tuple. The
+    cumulative sum runs in float64 in vocabulary order.
     """
     greedy = temperature == 0
     scale = 1.0 if greedy else as_float32(temperature)
@@ -82,7 +84,7 @@ def sample(
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Philox4x32-10 of one 128-bit counter and 64-bit key, as 32-bit words (Salmon et al., SC 2011)."""
+    """Philox4x32-10 of a 128-bit counter and a 64-bit key, 32-bit words (Salmon et al., 2011)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
