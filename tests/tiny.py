@@ -1,4 +1,5 @@
-"""A seeded random model small enough for any test, built from code alone: no download, no committed weights.
+"""A seeded random model small enough for any test, built from code alone: no download, no committed
+weights.
 
 The tokenizer is byte level without merges, so every byte is one token and any text round-trips.
 """
@@ -22,10 +23,12 @@ from transformers import (
 )
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
-END_OF_TEXT = "<|endoftext|>"  # Qwen2's tokenizer class adds this token when it is missing, and would outgrow the model
+# Qwen2's tokenizer class adds this token when it is missing, and would outgrow the model.
+END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -58,7 +61,9 @@ def make_tiny_tokenizer(pad_is_eos: bool = True, add_bos: bool = False) -> PreTr
 
 
 def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """Two layers, hidden 64, 4 heads (2 key-value heads where the family has them), feed-forward 128."""
+    """Two layers, hidden 64, 4 heads (2 key-value heads where the family has them), feed-forward
+    128.
+    """
     special = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -84,27 +89,49 @@ def tiny_config(family: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedCo
         return Qwen3Config(**modern, head_dim=16, tie_word_embeddings=True)
     if family == "opt":
         return OPTConfig(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128, word_embed_proj_dim=64,
-            dropout=0.0, **special,
-        )  # fmt: skip
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=128,
+            word_embed_proj_dim=64,
+            dropout=0.0,
+            **special,
+        )
     if family == "gpt2":
         del special["max_position_embeddings"]
         return GPT2Config(
-            n_embd=64, n_layer=2, n_head=4, n_inner=128, n_positions=CONTEXT,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **special,
-        )  # fmt: skip
-    raise ValueError(f"no tiny model of family {family!r}; take llama, mistral, qwen2, qwen3, opt or gpt2")
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_inner=128,
+            n_positions=CONTEXT,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+    raise ValueError(
+        f"no tiny model of family {family!r}; take llama, mistral, qwen2, qwen3, opt or gpt2"
+    )
 
 
 def make_tiny_model(
-    directory: str | Path, family: str = "llama", seed: int = 0, pad_is_eos: bool = True, add_bos: bool = False
+    directory: str | Path,
+    family: str = "llama",
+    seed: int = 0,
+    pad_is_eos: bool = True,
+    add_bos: bool = False,
 ) -> Path:
-    """Write a Hugging Face directory (fp32 weights, config, generation config, tokenizer with chat template)."""
+    """Write a Hugging Face directory (fp32 weights, config, generation config, tokenizer with chat
+    template).
+    """
     directory = Path(directory)
     tokenizer = make_tiny_tokenizer(pad_is_eos, add_bos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, tokenizer), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            tiny_config(family, tokenizer), dtype=torch.float32
+        )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(directory)

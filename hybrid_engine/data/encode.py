@@ -1,7 +1,9 @@
-"""From text or turns to tokens: what the model reads, what it learns to write, and where the border lies.
+"""From text or turns to tokens: what the model reads, what it learns to write, and where the border
+lies.
 
-Prompt and answer are tokenised apart and laid end to end, so a prompt has the same tokens whether it stands alone (a
-rollout) or before its answer (training). A complete answer ends with an end-of-sequence token; a cut one does not.
+Prompt and answer are tokenised apart and laid end to end, so a prompt has the same tokens whether
+it stands alone (a rollout) or before its answer (training). A complete answer ends with an
+end-of-sequence token; a cut one does not.
 """
 
 from __future__ import annotations
@@ -21,23 +23,29 @@ from hybrid_engine.errors import UserError
 class Encoder:
     """Tokenises prompts and answers as ``data.chat_template`` says.
 
-    auto: turns go through the tokenizer's chat template, strings stay as they are. always: strings are wrapped into a
-    user and an assistant turn. never: turns become plain text, ``User: ...`` and ``Assistant: ...`` with an empty line
-    between them.
+    auto: turns go through the tokenizer's chat template, strings stay as they are. always: strings
+    are wrapped into a user and an assistant turn. never: turns become plain text, ``User: ...`` and
+    ``Assistant: ...`` with an empty line between them.
     """
 
-    def __init__(self, tokenizer: Any, config: DataConfig, eos_token_id: int | Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Any, config: DataConfig, eos_token_id: int | Sequence[int]
+    ) -> None:
         self.tokenizer = tokenizer
         self.style = config.chat_template
         self.max_length = config.max_length
         self.ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
         self._lead = self._leading_tokens()
-        self._start = self._lead or [self.ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+        self._start = self._lead or [
+            self.ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ]
         if self.style == "always":
             self._need_template("data.chat_template is 'always'")
 
     def prompt(self, prompt: Text) -> tuple[str, list[int]]:
-        """(text, tokens) of a prompt. An empty one is the start token alone, so there is always a token to go on from."""
+        """(text, tokens) of a prompt. An empty one is the start token alone, so there is always a
+        token to go on from.
+        """
         prompt, _ = self._in_style(prompt, None)
         if isinstance(prompt, str):
             return prompt, self._lead + self._tokenize(prompt) if prompt else list(self._start)
@@ -45,14 +53,18 @@ class Encoder:
         return text, self._tokenize(text)
 
     def sequence(self, prompt: Text, answer: Text) -> tuple[list[int], int]:
-        """(tokens of prompt + answer, length of the prompt), at most ``max_length`` tokens, cut at the end."""
+        """(tokens of prompt + answer, length of the prompt), at most ``max_length`` tokens, cut at
+        the end.
+        """
         text, tokens = self.prompt(prompt)
         length = len(tokens)
         tokens = tokens + self.answer_tokens(self.answer_text(text, prompt, answer))
         return tokens[: self.max_length], length
 
     def answer_text(self, prompt_text: str, prompt: Text, answer: Text) -> str:
-        """What follows the prompt's text. Raises BadRow when the template renders the prompt differently before it."""
+        """What follows the prompt's text. Raises BadRow when the template renders the prompt
+        differently before it.
+        """
         prompt, answer = self._in_style(prompt, answer)
         if isinstance(answer, str):
             return answer
@@ -65,7 +77,8 @@ class Encoder:
         return whole[len(prompt_text) :]
 
     def answer_tokens(self, text: str) -> list[int]:
-        """Tokens of a complete answer. It ends with exactly one end token: templates put white space after theirs, plain
+        """Tokens of a complete answer. It ends with exactly one end token: templates put white
+        space after theirs, plain
         text has none.
         """
         tokens = self._tokenize(text)
@@ -88,7 +101,9 @@ class Encoder:
     def _render(self, messages: Messages, generate: bool) -> str:
         self._need_template("the row holds messages")
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRow(
                 f"the tokenizer's chat template refuses these messages ({error}); "
@@ -98,7 +113,8 @@ class Encoder:
     def _need_template(self, reason: str) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"{reason}, but the tokenizer has no chat template; set data.chat_template to 'never' or take a model "
+                f"{reason}, but the tokenizer has no chat template; set data.chat_template to "
+                "'never' or take a model "
                 "that has one"
             )
 
@@ -106,7 +122,9 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _leading_tokens(self) -> list[int]:
-        """What the tokenizer itself puts before plain text (Llama's and OPT's BOS); a rendered template has its own."""
+        """What the tokenizer itself puts before plain text (Llama's and OPT's BOS); a rendered
+        template has its own.
+        """
         probe = "a"
         bare = self._tokenize(probe)
         dressed = self.tokenizer(probe, verbose=False)["input_ids"]
@@ -118,11 +136,15 @@ class Encoder:
 
 def plain(messages: Messages) -> str:
     """``Role: content`` paragraphs."""
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    return "\n\n".join(
+        f"{message['role'].capitalize()}: {message['content']}" for message in messages
+    )
 
 
 def first_words(text: str, count: int) -> tuple[str, str]:
-    """(the first ``count`` words, the rest with its leading space); the rest is empty when there are no more."""
+    """(the first ``count`` words, the rest with its leading space); the rest is empty when there
+    are no more.
+    """
     if count == 0:
         return "", text
     words = list(re.finditer(r"\S+", text))

@@ -22,7 +22,9 @@ from hybrid_engine.data.schema import (
 
 @dataclass(frozen=True)
 class SFTExample:
-    """Prompt and answer; only ``tokens[prompt_length:]`` carry loss. There is at least one prompt token."""
+    """Prompt and answer; only ``tokens[prompt_length:]`` carry loss. There is at least one prompt
+    token.
+    """
 
     tokens: list[int]
     prompt_length: int
@@ -30,7 +32,9 @@ class SFTExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """A better and a worse sequence. ``prompt_length`` is 0 when their prompts differ (labelled texts)."""
+    """A better and a worse sequence. ``prompt_length`` is 0 when their prompts differ (labelled
+    texts).
+    """
 
     chosen: list[int]
     rejected: list[int]
@@ -54,8 +58,9 @@ class NotForThisStep(Exception):
 class ExampleMaker:
     """Turns records into examples, or says why a row is no use to the step.
 
-    A conversation teaches its last assistant turn; earlier ones are context. Of a preference, step 1 learns the chosen
-    answer; of labelled answers, those labelled 1; of labelled texts, all (there the label is a property to learn).
+    A conversation teaches its last assistant turn; earlier ones are context. Of a preference, step
+    1 learns the chosen answer; of labelled answers, those labelled 1; of labelled texts, all (there
+    the label is a property to learn).
     """
 
     def __init__(self, encoder: Encoder, config: DataConfig) -> None:
@@ -70,7 +75,9 @@ class ExampleMaker:
     def pair(self, record: Record) -> PairExample:
         """Of a preference row."""
         prompt, answers = self._parts(record, "reward")
-        (chosen, length), (rejected, _) = (self.encoder.sequence(prompt, answer) for answer in answers)
+        (chosen, length), (rejected, _) = (
+            self.encoder.sequence(prompt, answer) for answer in answers
+        )
         return PairExample(chosen, rejected, length, float(record.fields.get("margin") or 0.0))
 
     def labelled_pair(self, good: Record, bad: Record) -> PairExample:
@@ -90,7 +97,9 @@ class ExampleMaker:
         return PromptExample(tokens, text, extra)
 
     def check(self, record: Record, step: str) -> None:
-        """Raise NotForThisStep or BadRow where making the example would fail; tokenises no more than the prompt."""
+        """Raise NotForThisStep or BadRow where making the example would fail; tokenises no more
+        than the prompt.
+        """
         prompt, answers = self._parts(record, step)
         text, tokens = self.encoder.prompt(prompt)
         if len(tokens) > self.max_prompt:
@@ -100,7 +109,9 @@ class ExampleMaker:
             raise NotForThisStep("answers are equal up to data.max_length")
 
     def _equal_when_cut(self, texts: list[str], budget: int) -> bool:
-        """A character is at most four tokens, so answers that differ early need no tokens to tell them apart."""
+        """A character is at most four tokens, so answers that differ early need no tokens to tell
+        them apart.
+        """
         if 4 * len(commonprefix(texts)) < budget:
             return False
         first, second = (self.encoder.answer_tokens(text)[:budget] for text in texts)

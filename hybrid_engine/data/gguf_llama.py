@@ -1,7 +1,8 @@
 """A Llama-type GGUF file as a Hugging Face fp32 directory.
 
-The tensors are dequantised with numpy by the `gguf` package and renamed here, which takes seconds; transformers' own
-GGUF loading gives the same bits in most of a minute. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The tensors are dequantised with numpy by the `gguf` package and renamed here, which takes seconds;
+transformers' own GGUF loading gives the same bits in most of a minute. Format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ CONTROL_TOKEN = 3  # GGUF token type
 
 
 def convert(gguf_file: Path, directory: Path) -> None:
-    """Write config, generation config, fp32 safetensors and tokenizer of ``gguf_file`` to the new ``directory``.
+    """Write config, generation config, fp32 safetensors and tokenizer of ``gguf_file`` to the new
+    ``directory``.
 
     Raises UserError without the `gguf` package, and for a file of another architecture.
     """
     gguf = import_gguf()
     reader = gguf.GGUFReader(gguf_file)
-    fields = {name: field for name, field in reader.fields.items()}
 
     def read(name: str) -> Any:
-        return fields[name].contents()
+        return reader.fields[name].contents()
 
     if read("general.architecture") != "llama" or read("tokenizer.ggml.model") != "gpt2":
-        raise UserError(f"{gguf_file}: only Llama models with a byte-level BPE tokenizer can be converted")
+        raise UserError(
+            f"{gguf_file}: only Llama models with a byte-level BPE tokenizer can be converted"
+        )
     config = model_config(read)
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
@@ -70,7 +73,9 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise UserError("converting the demo model needs the package gguf: pip install '.[demo]'") from None
+        raise UserError(
+            "converting the demo model needs the package gguf: pip install '.[demo]'"
+        ) from None
     return gguf
 
 
@@ -98,7 +103,9 @@ def model_config(read: Any) -> LlamaConfig:
 
 def generation_config(config: LlamaConfig) -> GenerationConfig:
     return GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
     )
 
 
@@ -110,7 +117,9 @@ def hf_name(name: str) -> str:
 
 
 def hf_weight(gguf: ModuleType, tensor: Any, config: LlamaConfig) -> torch.Tensor:
-    """fp32, ``[out, in]``. GGUF keeps the two halves of each rotary pair of q and k interleaved; Hugging Face apart."""
+    """fp32, ``[out, in]``. GGUF keeps the two halves of each rotary pair of q and k interleaved;
+    Hugging Face apart.
+    """
     weight = gguf.dequantize(tensor.data, tensor.tensor_type)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     block = BLOCK.fullmatch(tensor.name)
@@ -123,12 +132,16 @@ def hf_weight(gguf: ModuleType, tensor: Any, config: LlamaConfig) -> torch.Tenso
 def tokenizer(read: Any) -> PreTrainedTokenizerFast:
     tokens = read("tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")]
-    core = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges))
+    core = Tokenizer(
+        models.BPE(vocab={token: at for at, token in enumerate(tokens)}, merges=merges)
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     types = read("tokenizer.ggml.token_type")
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    core.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
 
     def token(role: str) -> str:
         return tokens[read(f"tokenizer.ggml.{role}_token_id")]

@@ -1,4 +1,6 @@
-"""Conversations: lists of ``{"role": ..., "content": ...}``, checked and cut into prompt and answer."""
+"""Conversations: lists of ``{"role": ..., "content": ...}``, checked and cut into prompt and
+answer.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ Messages = list[Message]
 Text = str | Messages  # what a column may hold: plain text, or turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-HH_MARKER = "\n\nAssistant:"  # Anthropic's plain-text dialogues, where prompt and answer are one string
+HH_MARKER = (
+    "\n\nAssistant:"  # Anthropic's plain-text dialogues, where prompt and answer are one string
+)
 
 
 def check_text(value: Any, column: str) -> str:
@@ -24,7 +28,8 @@ def check_text(value: Any, column: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRow(
-            f"column {column!r} holds half a surrogate pair (character {error.start}), which no text has; mend it"
+            f"column {column!r} holds half a surrogate pair (character {error.start}), which no "
+            "text has; mend it"
         ) from None
     return value
 
@@ -35,13 +40,19 @@ def check_messages(value: list[Any], column: str) -> Messages:
     for index, message in enumerate(value):
         place = f"{column}[{index}]"
         if not isinstance(message, dict):
-            raise BadRow(f"{place} is {describe(message)}; give an object with 'role' and 'content'")
+            raise BadRow(
+                f"{place} is {describe(message)}; give an object with 'role' and 'content'"
+            )
         missing = [key for key in ("role", "content") if key not in message]
         if missing:
             found = ", ".join(map(repr, message)) or "nothing"
-            raise BadRow(f"{place} has no {missing[0]!r} (found {found}); give 'role' and 'content'")
+            raise BadRow(
+                f"{place} has no {missing[0]!r} (found {found}); give 'role' and 'content'"
+            )
         if message["role"] not in ROLES:
-            raise BadRow(f"{place} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
+            raise BadRow(
+                f"{place} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}"
+            )
         check_text(message["content"], f"{place}.content")
     return value
 
@@ -73,19 +84,26 @@ def harmonise(prompt: Text, *answers: Text) -> tuple[Text, ...]:
 def check_answer(prompt: Text, answer: Text, column: str) -> None:
     """An answer in turns ends with the assistant, and so does not a prompt."""
     if isinstance(answer, list) and answer[-1]["role"] != "assistant":
-        raise BadRow(f"column {column!r} ends with role {answer[-1]['role']!r}; an answer ends with 'assistant'")
+        raise BadRow(
+            f"column {column!r} ends with role {answer[-1]['role']!r}; an answer ends with "
+            "'assistant'"
+        )
     check_prompt(prompt)
 
 
 def check_prompt(prompt: Text) -> None:
     if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
-        raise BadRow("column 'prompt' ends with role 'assistant'; move that turn to the answer's column")
+        raise BadRow(
+            "column 'prompt' ends with role 'assistant'; move that turn to the answer's column"
+        )
 
 
 def split_conversation(messages: Messages) -> tuple[Messages, Messages]:
-    """(prompt, answer): the answer is the last assistant turn, or empty when the conversation awaits one.
+    """(prompt, answer): the answer is the last assistant turn, or empty when the conversation
+    awaits one.
 
-    Only a conversation that ends with the user (or a tool) is waiting; its earlier answers are context.
+    Only a conversation that ends with the user (or a tool) is waiting; its earlier answers are
+    context.
     """
     if messages[-1]["role"] != "assistant":
         return messages, []
@@ -95,8 +113,8 @@ def split_conversation(messages: Messages) -> tuple[Messages, Messages]:
 def implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """(prompt, chosen, rejected) of a pair that carries its prompt inside both answers.
 
-    Conversations share their first turns. Two strings share everything up to the last ``Assistant:`` they have in
-    common, as in Anthropic's HH; other strings have an empty prompt.
+    Conversations share their first turns. Two strings share everything up to the last
+    ``Assistant:`` they have in common, as in Anthropic's HH; other strings have an empty prompt.
     """
     if isinstance(chosen, list):
         shared = 0
@@ -104,7 +122,10 @@ def implicit_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
         while shared < shorter and chosen[shared] == rejected[shared]:
             shared += 1
         if shared == shorter:
-            raise BadRow("'chosen' continues 'rejected' or the other way round; each must end with its own answer")
+            raise BadRow(
+                "'chosen' continues 'rejected' or the other way round; each must end with its "
+                "own answer"
+            )
         return chosen[:shared], chosen[shared:], rejected[shared:]
     shared = 0
     while chosen[shared : shared + 1] == rejected[shared : shared + 1] != "":

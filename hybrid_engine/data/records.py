@@ -45,4 +45,4 @@ class Record:
 
 
 class BadRow(Exception):
-    """A row that cannot be used: the reason and what to do, without the place (the caller adds it)."""
+    """A row that cannot be used: the reason and the remedy; the caller adds the place."""

@@ -36,7 +36,9 @@ COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "la
 
 
 def parse_columns(entries: Sequence[str]) -> dict[str, str]:
-    """``("question=prompt", ...)`` to ``{"question": "prompt"}``; raises UserError on anything else."""
+    """``("question=prompt", ...)`` to ``{"question": "prompt"}``; raises UserError on anything
+    else.
+    """
     mapping: dict[str, str] = {}
     for entry in entries:
         theirs, separator, ours = entry.partition("=")
@@ -57,14 +59,15 @@ def rename(row: dict[str, Any], mapping: dict[str, str]) -> dict[str, Any]:
 
 
 def kind_of(columns: Iterable[str]) -> Kind:
-    """The kind that a row with these columns has; raises BadRow when training can use none of them."""
+    """The kind that a row with these columns has; raises BadRow when there is none."""
     present = set(columns)
     for kind in KINDS:
         if present.issuperset(kind.required):
             return kind
     forms = "; ".join(" + ".join(kind.required) for kind in reversed(KINDS))
     raise BadRow(
-        f"no usable columns (found {listed(present)}); give {forms}, or map yours with data.columns THEIRS=OURS"
+        f"no usable columns (found {listed(present)}); give {forms}, or map yours with "
+        "data.columns THEIRS=OURS"
     )
 
 
@@ -108,8 +111,9 @@ CHECKS: dict[str, Callable[[Any, str], Any]] = {
 def check_row(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The row's fields, checked and normalised.
 
-    ``label`` becomes 0 or 1, ``margin`` a float; prompt and answers of one row are all strings or all messages; a
-    preference always has its prompt. Columns outside the kind are kept as they are. Raises BadRow.
+    ``label`` becomes 0 or 1, ``margin`` a float; prompt and answers of one row are all strings or
+    all messages; a preference always has its prompt. Columns outside the kind are kept as they are.
+    Raises BadRow.
     """
     fields = dict(row)
     for column in kind.required:
@@ -133,7 +137,8 @@ def check_preference(fields: dict[str, Any]) -> dict[str, Any]:
     chosen, rejected = fields["chosen"], fields["rejected"]
     if type(chosen) is not type(rejected):
         raise BadRow(
-            f"'chosen' is {describe(chosen)} and 'rejected' is {describe(rejected)}; give both in one form"
+            f"'chosen' is {describe(chosen)} and 'rejected' is {describe(rejected)}; give both "
+            "in one form"
         )
     if chosen == rejected:
         raise BadRow("'chosen' and 'rejected' are equal; remove the row")

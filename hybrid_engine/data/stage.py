@@ -31,7 +31,8 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True)
 class Plan:
-    """Examples by the places of their rows. ``rows [n, 2]``: positions in the source, the second -1 unless the example
+    """Examples by the places of their rows. ``rows [n, 2]``: positions in the source, the second -1
+    unless the example
     pairs two rows; ``keys [n, 3]``: the random numbers of the first row; ``source [n]``.
     """
 
@@ -53,7 +54,9 @@ class Plan:
 class Examples(Sequence[Example], Generic[Example]):
     """Examples made at each access: a rank holds 32 bytes an example, and no text."""
 
-    def __init__(self, sources: list[CheckedSource], plan: Plan, make: Callable[..., Example]) -> None:
+    def __init__(
+        self, sources: list[CheckedSource], plan: Plan, make: Callable[..., Example]
+    ) -> None:
         self._sources = sources
         self._source, self._rows = plan.source, plan.rows
         self._make = make
@@ -84,11 +87,13 @@ class StageData:
 def load_stage(
     config: DataConfig, stage: str, tokenizer: Any, seed: int, eos_token_id: int | Sequence[int]
 ) -> StageData:
-    """The examples of step ``stage``: SFTExample for "sft", PairExample for "reward", PromptExample for "rlhf".
+    """The examples of step ``stage``: SFTExample for "sft", PairExample for "reward", PromptExample
+    for "rlhf".
 
-    All rows of all sources are checked in one pass. The result depends on (config, stage, seed) and the rows alone, so
-    every rank that calls this has the same plan. ``eos_token_id`` may be several ids: each ends an answer, the first is
-    appended to answers without one. Raises UserError for malformed rows and when nothing is left to train on.
+    All rows of all sources are checked in one pass. The result depends on (config, stage, seed) and
+    the rows alone, so every rank that calls this has the same plan. ``eos_token_id`` may be several
+    ids: each ends an answer, the first is appended to answers without one. Raises UserError for
+    malformed rows and when nothing is left to train on.
     """
     if stage not in STEPS:
         raise ValueError(f"load_stage: stage is {stage!r}; give one of {', '.join(STEPS)}")
@@ -99,13 +104,17 @@ def load_stage(
     sources = [CheckedSource(source, mapping, seed, config.max_rows) for source in opened]
     maker = ExampleMaker(Encoder(tokenizer, config, eos_token_id), config)
     left_out: Counter[str] = Counter()
-    plans = [plan_source(at, source, stage, config, maker, left_out) for at, source in enumerate(sources)]
+    plans = [
+        plan_source(at, source, stage, config, maker, left_out) for at, source in enumerate(sources)
+    ]
     train = blend([train for train, _ in plans], config.weights)
     heldout = blend([heldout for _, heldout in plans], config.weights).sample(config.max_heldout)
     if len(train) == 0:
         raise UserError(nothing_left(stage, config, sources, left_out))
     make = {"sft": maker.sft, "reward": partial(make_pair, maker), "rlhf": maker.prompt}[stage]
-    return StageData(Examples(sources, train, make), Examples(sources, heldout, make), dict(left_out))
+    return StageData(
+        Examples(sources, train, make), Examples(sources, heldout, make), dict(left_out)
+    )
 
 
 def make_pair(maker: ExampleMaker, *records: Any) -> Any:
@@ -113,11 +122,18 @@ def make_pair(maker: ExampleMaker, *records: Any) -> Any:
 
 
 def plan_source(
-    at: int, source: CheckedSource, stage: str, config: DataConfig, maker: ExampleMaker, left_out: Counter[str]
+    at: int,
+    source: CheckedSource,
+    stage: str,
+    config: DataConfig,
+    maker: ExampleMaker,
+    left_out: Counter[str],
 ) -> tuple[Plan, Plan]:
     """(train, held-out) of one source; adds the rows that the step cannot use to ``left_out``."""
     if stage not in source.kind.steps:
-        left_out[f"{source.name}: rows of kind '{source.kind.name}' do not serve this step"] += len(source.rows)
+        left_out[f"{source.name}: rows of kind '{source.kind.name}' do not serve this step"] += len(
+            source.rows
+        )
     rows = step_rows(source.keys, source.kind, config.split, stage)
     rows = usable_rows(source, rows, stage, maker, left_out)
     if stage == "reward" and source.kind.labelled:
@@ -152,8 +168,8 @@ def plan_labelled_pairs(
 ) -> tuple[Plan, Plan]:
     """Rows labelled 1 against rows labelled 0, matched in the random order of their hashes.
 
-    Each label is split into training and held-out rows on its own. Where one label has fewer rows, they are used again,
-    so that every row of the other takes part.
+    Each label is split into training and held-out rows on its own. Where one label has fewer rows,
+    they are used again, so that every row of the other takes part.
     """
     sides = []
     for label in (1, 0):
@@ -174,18 +190,26 @@ def plan_labelled_pairs(
 def blend(plans: list[Plan], weights: tuple[float, ...]) -> Plan:
     counts = blend_counts([len(plan) for plan in plans], weights)
     parts = [plan.sample(count) for plan, count in zip(plans, counts, strict=True)]
-    return Plan(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("source", "rows", "keys")))
+    return Plan(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("source", "rows", "keys")
+        )
+    )
 
 
 def check_context(config: DataConfig, tokenizer: Any) -> None:
     longest = tokenizer.model_max_length  # a huge number where the tokenizer does not know
     if config.max_length > longest:
         raise UserError(
-            f"data.max_length ({config.max_length}) is more than the model's context of {longest} tokens; lower it"
+            f"data.max_length ({config.max_length}) is more than the model's context of "
+            f"{longest} tokens; lower it"
         )
 
 
-def nothing_left(stage: str, config: DataConfig, sources: list[CheckedSource], left_out: Counter[str]) -> str:
+def nothing_left(
+    stage: str, config: DataConfig, sources: list[CheckedSource], left_out: Counter[str]
+) -> str:
     number = STEPS.index(stage) + 1
     total = sum(len(source.rows) for source in sources)
     reasons = "; ".join(f"{count} left out: {reason}" for reason, count in left_out.most_common())
@@ -193,6 +217,8 @@ def nothing_left(stage: str, config: DataConfig, sources: list[CheckedSource], l
         share = config.split[number - 1]
         reasons = f"data.split gives it a share of {share:g} in {list(config.split)}"
     return (
-        f"step {number} ({stage}) has no rows to train on, of {total} in {', '.join(config.path)} ({reasons}); "
-        "give more rows, another data.split, or rows that this step can use (a longer data.max_prompt_tokens?)"
+        f"step {number} ({stage}) has no rows to train on, of {total} in "
+        f"{', '.join(config.path)} ({reasons}); "
+        "give more rows, another data.split, or rows that this step can use (a longer "
+        "data.max_prompt_tokens?)"
     )

@@ -45,7 +45,10 @@ class TableRows:
         if self._is_arrow:
             return self._table.slice(start, end - start).to_pylist()
         columns = self._table[start:end]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
 
 
 def need(module: str, purpose: str) -> ModuleType:
@@ -64,14 +67,19 @@ def open_parquet(path: Path) -> TableRows:
     descriptor, spool = tempfile.mkstemp(suffix=".arrow")
     os.close(descriptor)
     try:
-        with parquet.ParquetFile(path) as source, arrow.OSFile(spool, "wb") as sink:
-            with arrow.ipc.new_file(sink, source.schema_arrow) as writer:
-                for batch in source.iter_batches(batch_size=SCAN_ROWS):
-                    writer.write_batch(batch)
+        with (
+            parquet.ParquetFile(path) as source,
+            arrow.OSFile(spool, "wb") as sink,
+            arrow.ipc.new_file(sink, source.schema_arrow) as writer,
+        ):
+            for batch in source.iter_batches(batch_size=SCAN_ROWS):
+                writer.write_batch(batch)
         table = arrow.ipc.open_file(arrow.memory_map(spool)).read_all()
     except arrow.ArrowInvalid as error:
         first_line = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({first_line}); write it again") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({first_line}); write it again"
+        ) from None
     finally:
         os.unlink(spool)  # the mapping keeps the bytes; nothing is left behind
     return TableRows(str(path), table, is_arrow=True)
@@ -95,7 +103,8 @@ def open_hub_dataset(name: str, split: str) -> TableRows:
     except Exception as error:  # the client raises a dozen unrelated types; all mean: not available
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data source {name!r} is neither a local file nor a dataset that the hub gave us ({reason}); "
+            f"data source {name!r} is neither a local file nor a dataset that the hub gave us "
+            f"({reason}); "
             "check the spelling and the network, or give a .jsonl, .json, .csv or .parquet file"
         ) from error
     return TableRows(name, pick_split(loaded, name, split), is_arrow=False)
@@ -107,6 +116,7 @@ def pick_split(loaded: Any, name: str, split: str) -> Any:
     wanted = split or DEFAULT_SPLIT
     if wanted not in loaded:
         raise UserError(
-            f"{name}: no split {wanted!r}; it has {', '.join(loaded)}: name one as {name}#{next(iter(loaded))}"
+            f"{name}: no split {wanted!r}; it has {', '.join(loaded)}: name one as "
+            f"{name}#{next(iter(loaded))}"
         )
     return loaded[wanted]

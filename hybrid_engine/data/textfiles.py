@@ -49,7 +49,8 @@ class TextRows:
             raise BadRow(reason) from None
         if not isinstance(value, dict):
             raise BadRow(
-                f'not a JSON object but {describe(value)}; write each row as {{"column": value, ...}}'
+                f"not a JSON object but {describe(value)}; "
+                'write each row as {"column": value, ...}'
             )
         return value
 
@@ -64,15 +65,25 @@ class TextRows:
 
 def describe(value: Any) -> str:
     """A value's type, in words a data author uses."""
-    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    names = {
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+        bool: "a boolean",
+        type(None): "null",
+    }
+    return names.get(
+        type(value), "a number" if isinstance(value, int | float) else type(value).__name__
+    )
 
 
 def parse_json(text: str) -> Any:
     try:
         return json.loads(text.rstrip())  # so that an error stays on the line
     except json.JSONDecodeError as error:
-        raise BadRow(f"bad JSON: {error.msg} (column {error.colno}); mend or remove the row") from None
+        raise BadRow(
+            f"bad JSON: {error.msg} (column {error.colno}); mend or remove the row"
+        ) from None
 
 
 def open_jsonl(path: Path) -> TextRows:
@@ -89,7 +100,9 @@ def open_jsonl(path: Path) -> TextRows:
 
 
 def open_json(path: Path) -> TextRows:
-    """A JSON file that holds one array of objects. The text is in memory while it is indexed, not after."""
+    """A JSON file that holds one array of objects. The text is in memory while it is indexed, not
+    after.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,7 +127,8 @@ def json_elements(text: str, name: str) -> Iterator[tuple[int, int]]:
         return
     if text[at] != "[":
         raise UserError(
-            f"{name}:{line_of(text, at)}: a .json file must hold a list of objects, [{{...}}, {{...}}]; "
+            f"{name}:{line_of(text, at)}: a .json file must hold a list of objects, [{{...}}, "
+            f"{{...}}]; "
             "for one object a line, name it .jsonl"
         )
     at = skip_space(text, at + 1)
@@ -122,13 +136,17 @@ def json_elements(text: str, name: str) -> Iterator[tuple[int, int]]:
         try:
             _, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise UserError(f"{name}:{error.lineno}: bad JSON: {error.msg} (column {error.colno})") from None
+            raise UserError(
+                f"{name}:{error.lineno}: bad JSON: {error.msg} (column {error.colno})"
+            ) from None
         yield at, end
         at = skip_space(text, end)
         if text[at : at + 1] == ",":
             at = skip_space(text, at + 1)
         elif text[at : at + 1] != "]":
-            raise UserError(f"{name}:{line_of(text, at)}: bad JSON: expected ',' or ']' after an element")
+            raise UserError(
+                f"{name}:{line_of(text, at)}: bad JSON: expected ',' or ']' after an element"
+            )
     rest = skip_space(text, at + 1)
     if rest < len(text):
         raise UserError(f"{name}:{line_of(text, rest)}: bad JSON: text after the closing ']'")
@@ -162,7 +180,9 @@ def open_csv(path: Path) -> TextRows:
     names = header or []
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UserError(f"{path}:1: the header names column {repeated[0]!r} twice; rename one of them")
+        raise UserError(
+            f"{path}:1: the header names column {repeated[0]!r} twice; rename one of them"
+        )
     return TextRows(path, spans, lambda text: parse_csv_record(text, names))
 
 

@@ -1,4 +1,6 @@
-"""Who scores answers: in training a weighted mix of rewards, afterwards a judge that training never saw."""
+"""Who scores answers: in training a weighted mix of rewards, afterwards a judge that training never
+saw.
+"""
 
 from hybrid_engine.rewards.judges import build_judge
 from hybrid_engine.rewards.mix import RewardMix, RewardScores, build_rewards

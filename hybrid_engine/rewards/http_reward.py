@@ -20,10 +20,12 @@ TRANSIENT = (408, 429, 500, 502, 503, 504)
 
 
 class HTTPReward:
-    """POSTs ``{"prompts": [...], "completions": [...]}``; the answer is ``{"rewards": [...]}``, numbers or null.
+    """POSTs ``{"prompts": [...], "completions": [...]}``; the answer is ``{"rewards": [...]}``,
+    numbers or null.
 
-    Lost connections, timeouts and the statuses that mean "try again" are retried with doubling waits; anything else is
-    a UserError at once, with the URL, the status and the beginning of the body.
+    Lost connections, timeouts and the statuses that mean "try again" are retried with doubling
+    waits; anything else is a UserError at once, with the URL, the status and the beginning of the
+    body.
     """
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
@@ -42,11 +44,16 @@ class HTTPReward:
         body = {"prompts": [s.prompt for s in samples], "completions": [s.answer for s in samples]}
         answer = self._ask(json.dumps(body).encode())
         if not isinstance(answer, dict) or "rewards" not in answer:
-            raise UserError(f"reward {self._url} answered without 'rewards'; it must answer {{\"rewards\": [...]}}")
+            raise UserError(
+                f"reward {self._url} answered without 'rewards'; it must answer "
+                f'{{"rewards": [...]}}'
+            )
         return checked_scores(answer["rewards"], samples, self._url)
 
     def _ask(self, body: bytes) -> Any:
-        request = urllib.request.Request(self._url, data=body, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self._url, data=body, headers={"Content-Type": "application/json"}
+        )
         for attempt in range(self._retries + 1):
             if attempt:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
@@ -55,7 +62,9 @@ class HTTPReward:
                     text = response.read().decode()
                     break
             except urllib.error.HTTPError as error:
-                problem = f"status {error.code}: {error.read(200).decode(errors='replace')}".rstrip(": ")
+                problem = f"status {error.code}: {error.read(200).decode(errors='replace')}".rstrip(
+                    ": "
+                )
                 if error.code not in TRANSIENT:
                     raise UserError(f"reward {self._url} answered with {problem}") from None
             except TimeoutError:

@@ -19,40 +19,52 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class RewardScores:
-    """``total``: one number a sample. ``parts``: what each reward said, unweighted; None where it does not apply."""
+    """``total``: one number a sample. ``parts``: what each reward said, unweighted; None where it
+    does not apply.
+    """
 
     total: list[float]
     parts: dict[str, list[float | None]]
 
     def means(self) -> dict[str, float]:
-        """Mean of each part over the samples it applies to; a part that applies to none is absent."""
+        """Mean of each part over the samples it applies to; absent if it applies to none."""
         given = {name: [s for s in scores if s is not None] for name, scores in self.parts.items()}
         return {name: sum(scores) / len(scores) for name, scores in given.items() if scores}
 
 
 class RewardMix:
-    """``sum_i weight_i * reward_i``. A reward that does not apply to a sample takes no part in its sum."""
+    """``sum_i weight_i * reward_i``. A reward that does not apply to a sample takes no part in its
+    sum.
+    """
 
     def __init__(self, rewards: list[tuple[str, float, Reward | None]]) -> None:
-        """``rewards``: (name, weight, reward); None stands for step 2's model, whose scores the caller computes."""
+        """``rewards``: (name, weight, reward); None stands for step 2's model, whose scores the
+        caller computes.
+        """
         self._rewards = rewards
 
     @property
     def needs_model(self) -> bool:
         return any(reward is None for _, _, reward in self._rewards)
 
-    def __call__(self, samples: Sequence[Sample], model_scores: Sequence[float] | None = None) -> RewardScores:
+    def __call__(
+        self, samples: Sequence[Sample], model_scores: Sequence[float] | None = None
+    ) -> RewardScores:
         """Score a batch. ``model_scores``: step 2's model, needed when ``needs_model``.
 
         Raises UserError for scores that are not finite, and for a sample that no reward applies to.
         """
         if self.needs_model and model_scores is None:
-            raise ValueError("RewardMix: this mix contains 'model' and was called without model_scores")
+            raise ValueError(
+                "RewardMix: this mix contains 'model' and was called without model_scores"
+            )
         parts: dict[str, list[float | None]] = {}
         totals = [0.0] * len(samples)
         applied = [False] * len(samples)
         for name, weight, reward in self._rewards:
-            scores = checked_scores(model_scores, samples, MODEL) if reward is None else reward(samples)
+            scores = (
+                checked_scores(model_scores, samples, MODEL) if reward is None else reward(samples)
+            )
             parts[name] = scores
             for at, score in enumerate(scores):
                 if score is not None:
@@ -61,14 +73,17 @@ class RewardMix:
         if not all(applied):
             at = applied.index(False)
             raise UserError(
-                f"no reward applies to sample {at} (prompt: {samples[at].prompt[:60]!r}): all returned None; "
+                f"no reward applies to sample {at} (prompt: {samples[at].prompt[:60]!r}): all "
+                "returned None; "
                 "add a reward that scores every sample"
             )
         return RewardScores(totals, parts)
 
 
 def build_rewards(config: JudgeConfig, device: str = "cpu") -> RewardMix:
-    """The mix that ``config.rewards`` describes. Raises UserError for a spec that means nothing or does not load."""
+    """The mix that ``config.rewards`` describes. Raises UserError for a spec that means nothing or
+    does not load.
+    """
     rewards: list[tuple[str, float, Reward | None]] = []
     names: dict[str, int] = {}
     for entry in config.rewards:
@@ -90,7 +105,10 @@ def parse_weight(entry: str) -> tuple[str, float]:
     except ValueError:
         weight = math.nan
     if not spec or not math.isfinite(weight):
-        raise UserError(f"judge.rewards: {entry!r} has no number after '*'; write SPEC*WEIGHT, such as model*0.5")
+        raise UserError(
+            f"judge.rewards: {entry!r} has no number after '*'; write SPEC*WEIGHT, such as "
+            "model*0.5"
+        )
     return spec, weight
 
 
@@ -106,6 +124,7 @@ def build_reward(spec: str, config: JudgeConfig, device: str) -> Reward:
     if directory.is_dir():
         return ModelReward(directory, device)
     raise UserError(
-        f"judge.rewards: {spec!r} is neither 'model', a directory, FILE.py:FUNCTION nor http://HOST/PATH; "
+        f"judge.rewards: {spec!r} is neither 'model', a directory, FILE.py:FUNCTION nor "
+        "http://HOST/PATH; "
         "check the spelling"
     )

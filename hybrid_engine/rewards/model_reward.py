@@ -15,14 +15,18 @@ TOKENS_PER_PASS = 4096
 
 
 class ModelReward:
-    """Scores the text of prompt + answer (+ the model's own end token when the answer finished) at its last token.
+    """Scores the text of prompt + answer (+ the model's own end token when the answer finished) at
+    its last token.
 
-    The model reads text with its own tokenizer, which need not be the policy's. Raises UserError for a directory
-    without a trained score head.
+    The model reads text with its own tokenizer, which need not be the policy's. Raises UserError
+    for a directory without a trained score head.
     """
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:
-        from hybrid_engine.models import load_scalar_model, load_tokenizer  # slow to import, and not always needed
+        from hybrid_engine.models import (
+            load_scalar_model,
+            load_tokenizer,
+        )  # slow to import, and not always needed
 
         check_has_score(directory)
         self.name = directory.resolve().name
@@ -51,18 +55,25 @@ class ModelReward:
         if end is not None and sample.finished and tokens[-1:] != [end]:
             tokens = [*tokens, end]
         if not tokens:
-            raise UserError(f"reward {self._source} was given an empty text; give prompts, or let answers have a token")
+            raise UserError(
+                f"reward {self._source} was given an empty text; give prompts, or let answers "
+                "have a token"
+            )
         return tokens
 
 
 def check_has_score(directory: Path) -> None:
     config = directory / "config.json"
     if not config.is_file():
-        raise UserError(f"reward {str(directory)!r}: no config.json in this directory; give a reward model's directory")
+        raise UserError(
+            f"reward {str(directory)!r}: no config.json in this directory; give a reward model's "
+            "directory"
+        )
     names = json.loads(config.read_text()).get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise UserError(
-            f"reward {str(directory)!r} is a {', '.join(names) or 'model of unknown kind'} without a score head; "
+            f"reward {str(directory)!r} is a {', '.join(names) or 'model of unknown kind'} "
+            "without a score head; "
             "give the directory of a reward model, such as OUTPUT/reward"
         )
 

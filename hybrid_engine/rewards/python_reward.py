@@ -19,10 +19,11 @@ STANDARD = ("prompts", "completions", "completion_ids")
 class PythonReward:
     """``FILE.py:FUNCTION``, called as TRL calls reward functions.
 
-    ``function(prompts, completions, completion_ids, **columns) -> list[float | None]``: lists with one entry a sample;
-    ``columns`` are the data's other columns, None where a row lacks one. A function that does not take ``**columns``
-    gets only the arguments it names. Raises UserError for a file that does not load, an exception inside the function
-    (with its line) and scores that are not one finite number or None a sample.
+    ``function(prompts, completions, completion_ids, **columns) -> list[float | None]``: lists with
+    one entry a sample; ``columns`` are the data's other columns, None where a row lacks one. A
+    function that does not take ``**columns`` gets only the arguments it names. Raises UserError for
+    a file that does not load, an exception inside the function (with its line) and scores that are
+    not one finite number or None a sample.
     """
 
     def __init__(self, spec: str) -> None:
@@ -36,7 +37,9 @@ class PythonReward:
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         columns = {name: None for sample in samples for name in sample.extra}
         arguments: dict[str, list[Any]] = {
-            name: [sample.extra.get(name) for sample in samples] for name in columns if name not in STANDARD
+            name: [sample.extra.get(name) for sample in samples]
+            for name in columns
+            if name not in STANDARD
         }
         arguments["prompts"] = [sample.prompt for sample in samples]
         arguments["completions"] = [sample.answer for sample in samples]
@@ -46,25 +49,35 @@ class PythonReward:
         try:
             scores = self._function(**arguments)
         except Exception as error:  # the user's code may raise anything
-            raise UserError(f"reward {self._source} raised {described(error, self._file)}") from error
+            raise UserError(
+                f"reward {self._source} raised {described(error, self._file)}"
+            ) from error
         return checked_scores(scores, samples, self._source)
 
     def _find(self, module: ModuleType, name: str) -> Callable[..., Any]:
         function = getattr(module, name, None)
         if callable(function):
             return function
-        found = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[:1] != "_"]
+        found = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and key[:1] != "_"
+        ]
         raise UserError(
-            f"reward {self._source}: {self._file} has no function {name!r} (found {', '.join(found) or 'none'})"
+            f"reward {self._source}: {self._file} has no function {name!r} (found "
+            f"{', '.join(found) or 'none'})"
         )
 
 
 def load_file(path: Path) -> ModuleType:
     """Run a Python file as a module of its own."""
     if not path.is_file():
-        raise UserError(f"reward file {path} does not exist; check the path (relative to {Path.cwd()})")
+        raise UserError(
+            f"reward file {path} does not exist; check the path (relative to {Path.cwd()})"
+        )
     spec = importlib.util.spec_from_file_location(f"hybrid_engine_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a .py path always has a loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -83,6 +96,10 @@ def accepted_arguments(function: Callable[..., Any]) -> set[str] | None:
 
 def described(error: Exception, file: Path) -> str:
     """Type, text and the innermost line of the user's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == file
+    ]
     place = f" at {file}:{lines[-1]}" if lines else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -14,7 +14,8 @@ EXCERPT = 60  # characters of a prompt shown in an error
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and one answer. ``finished`` is false when the answer was cut at the token limit; ``extra`` holds the
+    """One prompt and one answer. ``finished`` is false when the answer was cut at the token limit;
+    ``extra`` holds the
     data row's other columns.
     """
 
@@ -35,14 +36,24 @@ class Reward(Protocol):
 
 
 def checked_scores(scores: Any, samples: Sequence[Sample], source: str) -> list[float | None]:
-    """The scores as finite floats or None, one a sample. Raises UserError naming ``source``, the sample and its prompt."""
+    """The scores as finite floats or None, one a sample. Raises UserError naming ``source``, the
+    sample and its prompt.
+    """
     if hasattr(scores, "tolist"):  # an array or tensor
         scores = scores.tolist()
     if not isinstance(scores, list | tuple):
-        raise UserError(f"reward {source} returned {type(scores).__name__}; return a list of numbers, one a sample")
+        raise UserError(
+            f"reward {source} returned {type(scores).__name__}; return a list of numbers, one a "
+            "sample"
+        )
     if len(scores) != len(samples):
-        raise UserError(f"reward {source} returned {len(scores)} scores for {len(samples)} samples; return one each")
-    return [checked_score(score, index, samples[index], source) for index, score in enumerate(scores)]
+        raise UserError(
+            f"reward {source} returned {len(scores)} scores for {len(samples)} samples; return "
+            "one each"
+        )
+    return [
+        checked_score(score, index, samples[index], source) for index, score in enumerate(scores)
+    ]
 
 
 def checked_score(score: Any, index: int, sample: Sample, source: str) -> float | None:

@@ -1,8 +1,10 @@
-"""Sentiment by TF-IDF and logistic regression: trained with scikit-learn, stored and applied without it.
+"""Sentiment by TF-IDF and logistic regression: trained with scikit-learn, stored and applied
+without it.
 
-The trained model is a vocabulary (JSON) and two vectors (safetensors) in the user's cache, so loading it runs no code,
-as loading a pickle would. Features, with n(t, d) the count of term t (a word or a pair of neighbouring words) in text d:
-``x_t = n(t, d) * idf_t``, scaled to unit Euclidean norm; score = sigmoid(w . x + b).
+The trained model is a vocabulary (JSON) and two vectors (safetensors) in the user's cache, so
+loading it runs no code, as loading a pickle would. Features, with n(t, d) the count of term t (a
+word or a pair of neighbouring words) in text d: ``x_t = n(t, d) * idf_t``, scaled to unit Euclidean
+norm; score = sigmoid(w . x + b).
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from hybrid_engine.data.demo import ensure_movie_reviews
 from hybrid_engine.data.fetch import build_once, cache_root
 from hybrid_engine.data.sources import open_source
 from hybrid_engine.errors import UserError
 
 WORD = re.compile(r"\b\w\w+\b")
 TRAINING_REVIEWS = 10_000
-FEWEST_TEXTS = 3  # a term in fewer training texts is dropped: a sixth of the vocabulary, and the same accuracy
+FEWEST_TEXTS = (
+    3  # a term in fewer training texts is dropped: a sixth of the vocabulary, and the same accuracy
+)
 INVERSE_PENALTY = 10.0
 VERSION = 1  # of what is stored; part of the file name
 
@@ -31,7 +34,9 @@ VERSION = 1  # of what is stored; part of the file name
 class TfidfJudge:
     """P(positive) of texts. ``idf`` and ``weight`` are ``[terms]``, indexed by ``vocabulary``."""
 
-    def __init__(self, vocabulary: dict[str, int], idf: np.ndarray, weight: np.ndarray, bias: float) -> None:
+    def __init__(
+        self, vocabulary: dict[str, int], idf: np.ndarray, weight: np.ndarray, bias: float
+    ) -> None:
         self.vocabulary = vocabulary
         self.idf = idf
         self.weight = weight
@@ -78,7 +83,9 @@ def ensure_imdb_judge(seed: int, cache_dir: str | Path | None = None) -> TfidfJu
                 reviews = open_source("movie-reviews:imdb")
                 chosen = np.random.default_rng(seed).permutation(len(reviews))[:TRAINING_REVIEWS]
                 rows = [reviews.read(int(row)) for row in chosen]
-                train([row["text"] for row in rows], [int(row["label"]) for row in rows]).save(partial)
+                train([row["text"] for row in rows], [int(row["label"]) for row in rows]).save(
+                    partial
+                )
     return TfidfJudge.load(target)
 
 
@@ -88,9 +95,13 @@ def train(texts: list[str], labels: list[int]) -> TfidfJudge:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise UserError("the judge 'imdb-tfidf' needs the package scikit-learn: pip install '.[demo]'") from None
+        raise UserError(
+            "the judge 'imdb-tfidf' needs the package scikit-learn: pip install '.[demo]'"
+        ) from None
     vectorizer = TfidfVectorizer(analyzer=terms, min_df=FEWEST_TEXTS)
     features = vectorizer.fit_transform(texts)
     classifier = LogisticRegression(C=INVERSE_PENALTY, max_iter=200).fit(features, labels)
     vocabulary = {term: int(at) for term, at in vectorizer.vocabulary_.items()}
-    return TfidfJudge(vocabulary, vectorizer.idf_, classifier.coef_[0], float(classifier.intercept_[0]))
+    return TfidfJudge(
+        vocabulary, vectorizer.idf_, classifier.coef_[0], float(classifier.intercept_[0])
+    )

@@ -25,7 +25,9 @@ ROWS = [
 def write(path, rows):
     """The rows in the format that the file's name says."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
+        )
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), "utf-8")
     elif path.suffix == ".csv":
@@ -76,9 +78,14 @@ def test_blank_lines_and_byte_order_marks_are_not_rows(tmp_path):
     assert list(open_json(path).scan()) == [(0, {"text": "é"}), (1, {"text": "b"})]
 
 
-@given(st.lists(st.fixed_dictionaries({"text": st.text(), "label": st.text()}), min_size=1, max_size=8))
+@given(
+    st.lists(st.fixed_dictionaries({"text": st.text(), "label": st.text()}), min_size=1, max_size=8)
+)
 def test_any_text_survives_every_text_format(tmp_path_factory, rows):
-    storable = [{k: v.encode("utf-8", "replace").decode().replace("\0", "") for k, v in row.items()} for row in rows]
+    storable = [
+        {k: v.encode("utf-8", "replace").decode().replace("\0", "") for k, v in row.items()}
+        for row in rows
+    ]
     directory = tmp_path_factory.mktemp("any")
     for name in ("a.jsonl", "a.json", "a.csv"):
         source = open_source(write(directory / name, storable))
@@ -113,13 +120,21 @@ def test_parquet_leaves_no_temporary_file(tmp_path, monkeypatch):
         ("empty.json", "[]", "{path}: no rows; the file is empty or holds only a header"),
         ("object.json", '\n{"text": "a"}', "{path}:2: a .json file must hold a list of objects"),
         ("broken.json", '[{"a": 1},\n {"a": }]', "{path}:2: bad JSON: Expecting value (column 8)"),
-        ("comma.json", '[{"a": 1}\n{"a": 2}]', "{path}:2: bad JSON: expected ',' or ']' after an element"),
+        (
+            "comma.json",
+            '[{"a": 1}\n{"a": 2}]',
+            "{path}:2: bad JSON: expected ',' or ']' after an element",
+        ),
         ("tail.json", '[{"a": 1}]\nx', "{path}:2: bad JSON: text after the closing ']'"),
         ("open.json", '[{"a": 1}', "{path}:1: bad JSON: expected ',' or ']' after an element"),
         ("twice.csv", "text,text\na,b\n", "{path}:1: the header names column 'text' twice"),
         ("quote.csv", 'text\n"a" b\n', "{path}:2: bad CSV: ',' expected after '\"'"),
         ("broken.parquet", "PAR1", "{path}: not a readable parquet file"),
-        ("notes.txt", "a", "{path}: unknown file type '.txt'; give one of .jsonl, .json, .csv, .parquet"),
+        (
+            "notes.txt",
+            "a",
+            "{path}: unknown file type '.txt'; give one of .jsonl, .json, .csv, .parquet",
+        ),
     ],
 )
 def test_unreadable_files_are_one_clear_error(tmp_path, name, content, message):
@@ -148,7 +163,9 @@ def test_a_name_the_hub_does_not_give_says_what_else_to_do(monkeypatch):
     with pytest.raises(UserError) as error:
         open_source("someone/some-data")
     assert str(error.value) == (
-        "data source 'someone/some-data' is neither a local file nor a dataset that the hub gave us "
-        "(Couldn't reach 'someone/some-data' on the Hub); check the spelling and the network, or give a .jsonl, .json, "
+        "data source 'someone/some-data' is neither a local file nor a dataset that the hub gave "
+        "us "
+        "(Couldn't reach 'someone/some-data' on the Hub); check the spelling and the network, or "
+        "give a .jsonl, .json, "
         ".csv or .parquet file"
     )
