@@ -14,9 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml
+    sys.exit(f"setuptools {setuptools.__version__} is too old: run pip install -U setuptools")
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"

@@ -39,12 +39,12 @@ def cache_root() -> Path:
 def cached_library(csrc: Path, key: str) -> Path:
     """The library with this key, from the cache or built now; `BuildError` if that fails."""
     tools = Toolchain.detect()
-    home = cache_root() / _configuration(csrc, tools)
+    home = cache_root() / configuration(csrc, tools)
     library = home / key / LIBRARY
     if library.is_file():
         return library
     home.mkdir(parents=True, exist_ok=True)
-    with _locked(home / "lock"):
+    with locked(home / "lock"):
         while not library.is_file():
             built = _compile(csrc, home / "objects", tools)
             # A source saved meanwhile may be in it or not: publish only what the key describes.
@@ -57,7 +57,8 @@ def cached_library(csrc: Path, key: str) -> Path:
     return library
 
 
-def _configuration(csrc: Path, tools: Toolchain) -> str:
+def configuration(csrc: Path, tools: Toolchain) -> str:
+    """The cache folder of a source tree, a torch, a Python and a compiler."""
     parts = (
         str(csrc),
         tools.cxx,
@@ -100,7 +101,7 @@ def _forget_old(home: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock that dies with the process."""
     with path.open("w") as handle:
         try:
