@@ -1,7 +1,7 @@
 """Conversation with a trained model in the terminal: ``python -m hybrid_engine.chat PATH``.
 
-Turns are formatted as in training: by the tokenizer's chat template, or, where it has none, as ``User: ...`` and
-``Assistant: ...`` paragraphs with an empty line between them.
+Turns are formatted as in training: by the tokenizer's chat template, or, where it has none, as
+``User: ...`` and ``Assistant: ...`` paragraphs with an empty line between them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 NEXT_TURN = "\n\nUser:"  # where a model without a template would go on to write the user's part
-COMMANDS = "/reset forgets the conversation, /exit leaves, /help shows this. Ctrl-C stops an answer, Ctrl-D leaves."
+COMMANDS = (
+    "/reset forgets the conversation, /exit leaves, /help shows this. "
+    "Ctrl-C stops an answer, Ctrl-D leaves."
+)
 
 
 @dataclass
 class Conversation:
     """The turns so far, and the prompt for the next answer."""
 
-    encode: Callable[[list[Message]], list[int]]  # messages that end with the user's -> prompt tokens
+    encode: Callable[[list[Message]], list[int]]  # messages, the user's last -> prompt tokens
     room: float  # most tokens of a prompt
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)  # (user, assistant)
 
     def prompt(self, user: str) -> tuple[list[int], int]:
-        """(tokens, turns left out): the system prompt and `user` with as many of the latest whole turns as fit.
+        """(tokens, turns left out): the system prompt and `user` with as many of the latest whole
+        turns as fit.
 
         Raises:
             UserError: `user` does not fit even without any history.
@@ -46,14 +50,17 @@ class Conversation:
             if len(tokens) <= self.room:
                 return tokens, left_out
         raise UserError(
-            f"the message takes {len(tokens)} tokens, but the model's context leaves room for {self.room}; "
-            "shorten it, or lower --max-new-tokens"
+            f"the message takes {len(tokens)} tokens, but the model's context leaves room for "
+            f"{self.room}; shorten it, or lower --max-new-tokens"
         )
 
     def _messages(self, turns: Sequence[tuple[str, str]], user: str) -> list[Message]:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for question, answer in turns:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages += [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
         return [*messages, {"role": "user", "content": user}]
 
 
@@ -89,8 +96,11 @@ class Speaker:
 
         interrupted = False
         try:
-            # Every answer draws from a random stream of its own, so that asking again may answer differently.
-            self.engine.generate([prompt], self.params, sample_ids=[self.answers], on_token=on_token)
+            # Every answer draws from a random stream of its own, so that asking again may answer
+            # differently.
+            self.engine.generate(
+                [prompt], self.params, sample_ids=[self.answers], on_token=on_token
+            )
         except _Stopped:
             pass
         except KeyboardInterrupt:
@@ -100,7 +110,9 @@ class Speaker:
         return (stream.text.strip() if trim else stream.text), interrupted
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.engine.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.engine.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def talk(conversation: Conversation, speaker: Speaker, read: Callable[[], str]) -> None:
@@ -137,7 +149,9 @@ def command(conversation: Conversation, line: str) -> str:
 def respond(conversation: Conversation, speaker: Speaker, user: str) -> None:
     prompt, left_out = conversation.prompt(user)
     if left_out:
-        speaker.write(f"(the context is full: the model no longer sees the first {left_out} turns)\n")
+        speaker.write(
+            f"(the context is full: the model no longer sees the first {left_out} turns)\n"
+        )
     text, interrupted = speaker.answer(prompt)
     speaker.write(" [stopped]\n" if interrupted else "\n")
     if text:
@@ -151,7 +165,11 @@ def make_encode(engine: HybridEngine) -> tuple[Callable[[Any], list[int]], str]:
     from hybrid_engine.data.records import BadRow
 
     templated = bool(getattr(engine.tokenizer, "chat_template", None))
-    encoder = Encoder(engine.tokenizer, DataConfig(chat_template="auto" if templated else "never"), engine.eos_token_ids)
+    encoder = Encoder(
+        engine.tokenizer,
+        DataConfig(chat_template="auto" if templated else "never"),
+        engine.eos_token_ids,
+    )
 
     def encode(messages: Any) -> list[int]:
         try:
@@ -171,13 +189,25 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("path", help="directory or hub name of a model, such as output/rlhf/actor")
     parser.add_argument("--prompt", help="answer this and leave, printing only the answer")
-    parser.add_argument("--raw", action="store_true", help="with --prompt: continue the text as it is, without a template")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="with --prompt: continue the text as it is, without a template",
+    )
     parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token")
-    parser.add_argument("--top-p", type=float, default=0.9, help="draw from the likeliest tokens with this mass")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0 is all")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0 takes the most likely token"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.9, help="draw from the likeliest tokens with this mass"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0 is all"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed and words give the same answers")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed and words give the same answers"
+    )
     parsed = parser.parse_args(argv)
     if parsed.raw and parsed.prompt is None:
         parser.error("--raw needs --prompt")
@@ -197,7 +227,8 @@ def read_line() -> str:
 def clean_stdout() -> Iterator[None]:
     """Standard output is for answers: what libraries print while they load goes to stderr.
 
-    DeepSpeed, which trains and so has no part here, remarks on the accelerator when it is imported; that is left out.
+    DeepSpeed, which trains and so has no part here, remarks on the accelerator when it is imported;
+    that is left out.
     """
     deepspeed = logging.getLogger("DeepSpeed")
     before, deepspeed.disabled = deepspeed.disabled, True
@@ -226,7 +257,8 @@ def run(options: argparse.Namespace) -> None:
         engine, params = load(options)
     encode, stop = make_encode(engine)
     context = engine.context_length
-    room = context - int(min(options.max_new_tokens, context / 2))  # a long answer may take half, the history the rest
+    answer_room = int(min(options.max_new_tokens, context / 2))  # the rest is for the history
+    room = context - answer_room
     conversation = Conversation(encode, room, options.system)
     if options.raw:
         Speaker(engine, params, "", write).answer(encode(options.prompt), trim=False)

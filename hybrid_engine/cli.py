@@ -1,7 +1,8 @@
 """The command line of a run, generated from the config classes.
 
-Precedence: flags over the YAML file of ``--config`` over the defaults in :mod:`hybrid_engine.config`. Every field answers to
-its dotted name (``--rlhf.kl.coef``), a few to a short flag as well. Nothing here imports torch: help and mistakes are instant.
+Precedence: flags over the YAML file of ``--config`` over the defaults in
+:mod:`hybrid_engine.config`. Every field answers to its dotted name (``--rlhf.kl.coef``), a few to a
+short flag as well. Nothing here imports torch: help and mistakes are instant.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def announce(text: str) -> None:
 def parse(argv: Sequence[str], say: Callable[[str], None] = announce) -> RunConfig:
     """The configuration of a run from its command-line arguments (without the program's name).
 
-    `say` receives one line where the embedded recipe is chosen. ``--help [SECTION]`` prints and exits with status 0.
+    `say` receives one line where the embedded recipe is chosen. ``--help [SECTION]`` prints and
+    exits with status 0.
 
     Raises:
-        UserError: unknown names (with the nearest known one), wrong types, values that the config classes refuse.
+        UserError: unknown names (with the nearest known one), wrong types, values that the config
+        classes refuse.
     """
     arguments = split_arguments(argv)
     for option, values in arguments:
@@ -48,12 +51,14 @@ def parse(argv: Sequence[str], say: Callable[[str], None] = announce) -> RunConf
     recipe, flags = read_arguments(arguments)
     if recipe is None and not any(path in flags for path in OWN_RUN):
         recipe = DEFAULT_RECIPE
-        say(f"No --config, --actor-model or --data-path given: running the embedded recipe '{recipe}'.")
+        say(f"No --config, --actor-model or --data-path: running the embedded recipe '{recipe}'.")
     return build({**(load_values(recipe) if recipe else {}), **flags})
 
 
 def split_arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """``--a 1 2 --b=3`` -> [("--a", ["1", "2"]), ("--b", ["3"])]. A negative number is a value, not an option."""
+    """``--a 1 2 --b=3`` -> [("--a", ["1", "2"]), ("--b", ["3"])]. A negative number is a value, not
+    an option.
+    """
     arguments: list[tuple[str, list[str]]] = []
     for token in argv:
         if token.startswith("--") or (token[:1] == "-" and token[1:2].isalpha()):
@@ -62,7 +67,9 @@ def split_arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         elif arguments:
             arguments[-1][1].append(token)
         else:
-            raise UserError(f"unexpected argument {token!r}; settings are given as --name value (see --help)")
+            raise UserError(
+                f"unexpected argument {token!r}; settings are given as --name value (see --help)"
+            )
     return arguments
 
 
@@ -72,13 +79,17 @@ def read_arguments(arguments: list[tuple[str, list[str]]]) -> tuple[str | None, 
     flags: dict[str, Any] = {}
     for option, values in arguments:
         if option == "--config":
-            recipe = only(option, values, recipe is not None, "a YAML file or the name of an embedded recipe")
+            recipe = only(
+                option, values, recipe is not None, "a YAML file or the name of an embedded recipe"
+            )
             continue
         if option in LAUNCHER_OPTIONS:
             continue
         setting, negated = find_option(option)
         if setting.path in flags:
-            raise UserError(f"{option}: {setting.path} is given twice; give it once, with all its values")
+            raise UserError(
+                f"{option}: {setting.path} is given twice; give it once, with all its values"
+            )
         flags[setting.path] = False if negated else read_value(setting, option, values)
         if negated and values:
             raise UserError(f"{option}: takes no value, got {' '.join(values)!r}")
@@ -97,7 +108,8 @@ def read_value(setting: Setting, option: str, values: list[str]) -> Any:
 
 def only(option: str, values: list[str], repeated: bool, expected: str) -> str:
     if repeated or len(values) != 1:
-        got = "it twice" if repeated else f"{len(values)}: {' '.join(values)}" if values else "nothing"
+        given = f"{len(values)}: {' '.join(values)}" if values else "nothing"
+        got = "it twice" if repeated else given
         raise UserError(f"{option}: expected {expected}, got {got}")
     return values[0]
 

@@ -19,7 +19,8 @@ Without --config, --actor-model or --data-path it runs the embedded recipe 'demo
   --config FILE    settings from a YAML file or an embedded recipe; flags on the command line win
   --help [SECTION] this text, or one section of it: --help rlhf.kl
 
-Dashes and underscores are the same. Lists are separated by spaces or commas (--steps 1 2, --data-split 2,4,4).
+Dashes and underscores are the same. Lists are separated by spaces or commas (--steps 1 2,
+--data-split 2,4,4).
 A true/false setting is --name or --no-name. In YAML, dots are levels: rlhf: {kl: {coef: 0.05}}."""
 
 TYPE_NAMES = {int: "INT", float: "NUMBER", str: "TEXT"}
@@ -59,7 +60,9 @@ def usage(setting: Setting) -> str:
 def description(setting: Setting) -> str:
     """The help with its default: a dotted name follows where a short flag hides it."""
     shown = " ".join(map(str, setting.default)) if setting.many else str(setting.default)
-    notes = [f"default {shown.lower() if setting.kind is bool else shown}" if shown else "default empty"]
+    notes = [
+        f"default {shown.lower() if setting.kind is bool else shown}" if shown else "default empty"
+    ]
     if setting.choices:
         notes.insert(0, "one of " + ", ".join(setting.choices))
     if setting.flag and setting.section:

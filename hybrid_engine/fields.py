@@ -1,6 +1,8 @@
-"""The settings of :class:`RunConfig` by dotted name: their types, and the way from text or YAML values to a checked config.
+"""The settings of :class:`RunConfig` by dotted name: their types, and the way from text or YAML
+values to a checked config.
 
-Both the command line and YAML files are read through this list, so a field added to a config class is reachable from both.
+Both the command line and YAML files are read through this list, so a field added to a config class
+is reachable from both.
 """
 
 from __future__ import annotations
@@ -42,11 +44,14 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """How the command line calls it: the short flag if there is one, else the dotted name with dashes."""
+        """How the command line calls it: the short flag if there is one, else the dotted name with
+        dashes.
+        """
         return self.flag or "--" + self.path.replace("_", "-")
 
     def coerce(self, value: Any, where: str) -> Any:
-        """`value` as the field's type: text, or a list of texts; a text for a list is split at its commas.
+        """`value` as the field's type: text, or a list of texts; a text for a list is split at its
+        commas.
 
         Raises:
             UserError: `where` (file and line, or flag), what was expected and what was there.
@@ -62,13 +67,14 @@ class Setting:
         try:
             converted = convert(value, self.kind)
         except (TypeError, ValueError):
-            expected = f"a list, each item {EXPECTED[self.kind]}" if self.many else EXPECTED[self.kind]
+            expected = (
+                f"a list, each item {EXPECTED[self.kind]}" if self.many else EXPECTED[self.kind]
+            )
             got = "nothing" if value is None else repr(value)
             raise UserError(f"{where}: expected {expected}, got {got}") from None
         if self.choices and converted not in self.choices:
-            raise UserError(
-                f"{where}: {converted!r} is not one of {', '.join(self.choices)}{suggest(converted, self.choices)}"
-            )
+            near = suggest(converted, self.choices)
+            raise UserError(f"{where}: {converted!r} is not one of {', '.join(self.choices)}{near}")
         return converted
 
 
@@ -92,7 +98,7 @@ def sections() -> dict[str, type]:
     return dict(_walk_sections(RunConfig, ""))
 
 
-def _walk_sections(cls: type, path: str) -> Iterable[tuple[str, type]]:
+def _walk_sections(cls: Any, path: str) -> Iterable[tuple[str, type]]:
     yield path, cls
     for name, hint in get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
@@ -118,7 +124,7 @@ def _setting(path: str, field: dataclasses.Field, hint: Any) -> Setting:
     return Setting(path, kind, many, field.default, **field.metadata)
 
 
-def build(values: Mapping[str, Any], cls: type = RunConfig, section: str = "") -> Any:
+def build(values: Mapping[str, Any], cls: Any = RunConfig, section: str = "") -> Any:
     """The configuration with `values` (dotted name -> value of the field's type) over the defaults.
 
     Raises:
@@ -161,7 +167,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     near = (
         ending
         or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        or [by_tail[match] for match in difflib.get_close_matches(tail.rpartition(".")[2], by_tail, n=1, cutoff=0.7)]
+        or [
+            by_tail[match]
+            for match in difflib.get_close_matches(
+                tail.rpartition(".")[2], by_tail, n=1, cutoff=0.7
+            )
+        ]
     )
     if not near:
         return ""

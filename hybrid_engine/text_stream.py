@@ -8,15 +8,17 @@ from collections.abc import Callable
 class TextStream:
     """Text of a growing list of tokens, in pieces that are safe to print.
 
-    A character that needs several tokens comes as a whole. What follows `stop` is cut off, and text that may be its
-    beginning is held back until it is clear.
+    A character that needs several tokens comes as a whole. What follows `stop` is cut off, and text
+    that may be its beginning is held back until it is clear.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: str = "") -> None:
         self._decode = decode
         self._stop = stop
         self._tokens: list[int] = []
-        self._context = 0  # decoding starts here: the first piece of some tokenizers loses its space
+        self._context = (
+            0  # decoding starts here: the first piece of some tokenizers loses its space
+        )
         self._read = 0  # tokens before this one are in the text
         self._held = ""
         self.text = ""
@@ -55,4 +57,11 @@ class TextStream:
 
 def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(text), len(stop) - 1), 0, -1)
+            if text.endswith(stop[:size])
+        ),
+        0,
+    )

@@ -1,4 +1,6 @@
-"""Run configurations as YAML: read with the line of every key at hand, written with every field and its help."""
+"""Run configurations as YAML: read with the line of every key at hand, written with every field and
+its help.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Every setting of `config`, with its help as a comment; :func:`from_yaml` reads back an equal one."""
+    """Every setting of `config`, with its help as a comment; :func:`from_yaml` reads back an equal
+    one.
+    """
     values = flatten(config)
     lines: list[str] = []
     for section, cls in sections().items():
         depth = section.count(".") + 1 if section else 0
         if section:
-            lines.append("  " * (depth - 1) + f"{section.rpartition('.')[2]}:  # {summary_line(cls)}")
+            lines.append(
+                "  " * (depth - 1) + f"{section.rpartition('.')[2]}:  # {summary_line(cls)}"
+            )
         own = (setting for setting in settings().values() if setting.section == section)
         lines += ["  " * depth + _entry(setting, values[setting.path]) for setting in own]
     return "\n".join(lines) + "\n"
@@ -36,7 +42,9 @@ def _entry(setting: Setting, value: Any) -> str:
     items = list(value) if setting.many else value
     # Characters such as U+0085 would be read back as line breaks; they are escaped instead.
     readable = "".join(map(str, items if setting.many else [items])).isprintable()
-    text = yaml.safe_dump(items, default_flow_style=True, allow_unicode=readable, width=float("inf"))
+    text = yaml.safe_dump(
+        items, default_flow_style=True, allow_unicode=readable, width=float("inf")
+    )
     text = text.removesuffix("...\n").strip()  # the end mark that a bare scalar gets
     return f"{setting.name}: {text}  # {setting.help}"
 
@@ -47,7 +55,9 @@ def from_yaml(text: str, source: str = "config") -> RunConfig:
 
 
 def load_values(name: str) -> dict[str, Any]:
-    """Dotted name -> value from a YAML file, or from an embedded recipe (a bare name such as 'demo')."""
+    """Dotted name -> value from a YAML file, or from an embedded recipe (a bare name such as
+    'demo').
+    """
     recipes = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
     path = recipes.get(name, Path(name))
     try:
@@ -55,7 +65,8 @@ def load_values(name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(
-            f"--config {name}: {reason}; give a YAML file or an embedded recipe ({', '.join(recipes)})"
+            f"--config {name}: {reason}; "
+            f"give a YAML file or an embedded recipe ({', '.join(recipes)})"
         ) from None
     return read_values(text, str(path) if name not in recipes else f"recipe {name}")
 
@@ -63,10 +74,12 @@ def load_values(name: str) -> dict[str, Any]:
 def read_values(text: str, source: str) -> dict[str, Any]:
     """Dotted name -> coerced value of every key in `text`.
 
-    Keys may nest (``rlhf: {kl: {coef: 0.1}}``) or be dotted (``rlhf.kl.coef: 0.1``); dashes count as underscores.
+    Keys may nest (``rlhf: {kl: {coef: 0.1}}``) or be dotted (``rlhf.kl.coef: 0.1``); dashes count
+    as underscores.
 
     Raises:
-        UserError: with `source` and line for bad YAML, unknown or repeated keys, and values of the wrong type.
+        UserError: with `source` and line for bad YAML, unknown or repeated keys, and values of the
+        wrong type.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -94,11 +107,15 @@ def _read_mapping(node: yaml.Node, section: str, source: str) -> Iterator[tuple[
         elif path in sections():
             yield from _read_mapping(value_node, path, source)
         else:
-            raise UserError(f"{where}: unknown key {path!r}{suggest(path, [*settings(), *sections()])}")
+            raise UserError(
+                f"{where}: unknown key {path!r}{suggest(path, [*settings(), *sections()])}"
+            )
 
 
 def _as_written(node: yaml.Node) -> Any:
-    """A scalar's own text, a list of them, None for null. The setting knows its type better than YAML's guess at it."""
+    """A scalar's own text, a list of them, None for null. The setting knows its type better than
+    YAML's guess at it.
+    """
     if isinstance(node, yaml.SequenceNode):
         return [_as_written(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):

@@ -97,7 +97,9 @@ def conversation(room, system="be kind"):
     return Conversation(words, room, system, turns)
 
 
-@pytest.mark.parametrize("room, left_out", [(99, 0), (20, 0), (19, 1), (15, 1), (14, 2), (9, 3), (5, 3)])
+@pytest.mark.parametrize(
+    "room, left_out", [(99, 0), (20, 0), (19, 1), (15, 1), (14, 2), (9, 3), (5, 3)]
+)
 def test_whole_turns_are_left_out_oldest_first_and_the_system_prompt_stays(room, left_out):
     tokens, missing = conversation(room).prompt("now")
     assert missing == left_out
@@ -164,7 +166,17 @@ def test_answers_stream_and_are_remembered():
     chat, shown = converse(engine, ["hello", "", "how are you"])
     assert shown == "Hi there\n\nFine\n\n"
     assert chat.turns == [("hello", "Hi there"), ("how are you", "Fine")]
-    assert engine.prompts[1] == ["user", "hello", "assistant", "Hi", "there", "user", "how", "are", "you"]
+    assert engine.prompts[1] == [
+        "user",
+        "hello",
+        "assistant",
+        "Hi",
+        "there",
+        "user",
+        "how",
+        "are",
+        "you",
+    ]
     assert engine.sample_ids == [0, 1]
 
 
@@ -192,13 +204,18 @@ def test_interrupting_before_the_first_word_leaves_no_turn():
 
 def test_interrupt_at_the_prompt_goes_on():
     chat, shown = converse(Engine("Fine"), [KeyboardInterrupt(), "hi"])
-    assert "/exit" in shown and chat.turns == [("hi", "Fine")]
+    assert "/exit" in shown
+    assert chat.turns == [("hi", "Fine")]
 
 
 def test_commands():
-    chat, shown = converse(Engine("Fine"), ["hi", "/reset", "/help", "/what", "/exit", "never read"])
+    chat, shown = converse(
+        Engine("Fine"), ["hi", "/reset", "/help", "/what", "/exit", "never read"]
+    )
     assert chat.turns == []
-    assert "new conversation" in shown and "unknown command /what" in shown and shown.count("/reset") == 2
+    assert "new conversation" in shown
+    assert "unknown command /what" in shown
+    assert shown.count("/reset") == 2
     assert command(chat, "/help") in shown
 
 
@@ -221,7 +238,9 @@ def test_wrong_path_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "absent")]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and "absent" in shown.err
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    assert "absent" in shown.err
 
 
 def test_raw_needs_a_prompt(capsys):
@@ -247,7 +266,9 @@ def test_one_answer_equals_the_engines(tiny_path, capsys):
 
     engine = HybridEngine.from_pretrained(tiny_path)
     prompt = engine.tokenizer("Hello", add_special_tokens=False)["input_ids"]
-    rollout = engine.generate([prompt], SamplingParams(max_new_tokens=12, temperature=0.0), sample_ids=[0])
+    rollout = engine.generate(
+        [prompt], SamplingParams(max_new_tokens=12, temperature=0.0), sample_ids=[0]
+    )
     text = engine.tokenizer.decode(rollout.tokens[0], skip_special_tokens=True)
     from hybrid_engine.report.text import printable
 
@@ -255,7 +276,9 @@ def test_one_answer_equals_the_engines(tiny_path, capsys):
 
 
 def test_seed_decides_the_answer(tiny_path, capsys):
-    sampled = [answer(capsys, tiny_path, "--seed", seed, "--temperature", "1") for seed in ("1", "1", "2")]
+    sampled = [
+        answer(capsys, tiny_path, "--seed", seed, "--temperature", "1") for seed in ("1", "1", "2")
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -264,7 +287,9 @@ def test_model_without_a_template_talks_in_paragraphs(tiny_path):
 
     tokenizer = make_tiny_tokenizer()
     tokenizer.chat_template = None
-    encode, stop = make_encode(SimpleNamespace(tokenizer=tokenizer, eos_token_ids=(tokenizer.eos_token_id,)))
+    encode, stop = make_encode(
+        SimpleNamespace(tokenizer=tokenizer, eos_token_ids=(tokenizer.eos_token_id,))
+    )
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.decode(encode(messages)) == "System: Be kind.\n\nUser: Hi\n\nAssistant:"
     assert stop == NEXT_TURN

@@ -54,13 +54,17 @@ def test_flag_over_yaml_over_default(yaml_file):
     assert config.rlhf.kl.horizon == RunConfig().rlhf.kl.horizon
 
 
-@pytest.mark.parametrize("argv", [[], ["--seed", "3"], ["--reward-model", "x"], ["--config", "demo"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["--seed", "3"], ["--reward-model", "x"], ["--config", "demo"]]
+)
 def test_demo_recipe_is_the_embedded_default(argv):
     config = quiet(*argv)
     assert config.judge.unseen_judge == "imdb-tfidf" != RunConfig().judge.unseen_judge
 
 
-@pytest.mark.parametrize("argv", [["--actor-model", "facebook/opt-1.3b"], ["--data-path", "a.jsonl"]])
+@pytest.mark.parametrize(
+    "argv", [["--actor-model", "facebook/opt-1.3b"], ["--data-path", "a.jsonl"]]
+)
 def test_own_model_or_data_starts_from_plain_defaults(argv):
     assert quiet(*argv).judge == RunConfig().judge
 
@@ -68,13 +72,21 @@ def test_own_model_or_data_starts_from_plain_defaults(argv):
 def test_choice_of_the_recipe_is_said():
     said = []
     parse([], said.append)
-    assert len(said) == 1 and "'demo'" in said[0]
+    assert len(said) == 1
+    assert "'demo'" in said[0]
     parse(["--config", "demo"], said.append)
     assert len(said) == 1
 
 
 def test_announcement_form():
-    config = quiet("--actor-model", "facebook/opt-1.3b", "--reward-model", "facebook/opt-350m", "--num-gpus", "1")
+    config = quiet(
+        "--actor-model",
+        "facebook/opt-1.3b",
+        "--reward-model",
+        "facebook/opt-350m",
+        "--num-gpus",
+        "1",
+    )
     assert config.model.actor_model == "facebook/opt-1.3b"
     assert config.model.reward_model == "facebook/opt-350m"
     assert config.num_gpus == 1
@@ -94,7 +106,9 @@ def test_only_the_first_rank_announces(monkeypatch, capsys, variable):
 # --- spellings ---
 
 
-@pytest.mark.parametrize("option", ["--rlhf.kl.coef", "--rlhf.actor-optimizer.eps", "--rlhf.actor_optimizer.eps"])
+@pytest.mark.parametrize(
+    "option", ["--rlhf.kl.coef", "--rlhf.actor-optimizer.eps", "--rlhf.actor_optimizer.eps"]
+)
 def test_dashes_and_underscores(option):
     name = option.lstrip("-").replace("-", "_")
     assert flatten(quiet(option, "0.25"))[name] == 0.25
@@ -106,12 +120,20 @@ def test_lists_by_space_or_comma(argv):
 
 
 def test_list_with_equals_sign():
-    assert quiet("--data-path=a.jsonl", "b.jsonl", "--steps=1,3").data.path == ("a.jsonl", "b.jsonl")
+    assert quiet("--data-path=a.jsonl", "b.jsonl", "--steps=1,3").data.path == (
+        "a.jsonl",
+        "b.jsonl",
+    )
 
 
 @pytest.mark.parametrize(
     "argv, expected",
-    [(["--resume"], True), (["--no-resume"], False), (["--resume=true"], True), (["--resume", "no"], False)],
+    [
+        (["--resume"], True),
+        (["--no-resume"], False),
+        (["--resume=true"], True),
+        (["--resume", "no"], False),
+    ],
 )
 def test_booleans(argv, expected):
     assert quiet(*argv).resume is expected
@@ -128,7 +150,8 @@ def test_empty_list_and_negative_number():
 
 def test_spellings_are_unambiguous():
     spellings = sum(
-        len({setting.option, "--" + setting.path.replace("_", "-")}) * (2 if setting.kind is bool else 1)
+        len({setting.option, "--" + setting.path.replace("_", "-")})
+        * (2 if setting.kind is bool else 1)
         for setting in all_settings().values()
     )
     assert len(option_names()) == spellings
@@ -143,7 +166,10 @@ def test_spellings_are_unambiguous():
         (["--actr-model", "x"], ["unknown option --actr-model", "did you mean --actor-model"]),
         (["--rlhf.kl.coeff", "1"], ["--rlhf.kl.coeff", "did you mean --rlhf.kl.coef?"]),
         (["--kl-coef", "1"], ["did you mean --rlhf.kl.coef"]),
-        (["--learning-rate", "1"], ["--sft.optimizer.learning-rate", "--rlhf.critic-optimizer.learning-rate"]),
+        (
+            ["--learning-rate", "1"],
+            ["--sft.optimizer.learning-rate", "--rlhf.critic-optimizer.learning-rate"],
+        ),
         (["--xyzzy"], ["unknown option --xyzzy", "--help"]),
         (["--seed", "x"], ["--seed", "expected a whole number", "'x'"]),
         (["--seed", "1.5"], ["--seed", "expected a whole number"]),
@@ -156,7 +182,10 @@ def test_spellings_are_unambiguous():
         (["--rlhf.kl.coef", "nan"], ["--rlhf.kl.coef", "a number", "'nan'"]),
         (["--resume", "maybe"], ["--resume", "true or false", "'maybe'"]),
         (["--no-resume", "true"], ["--no-resume", "no value"]),
-        (["--model.dtype", "bflot16"], ["'bflot16'", "float32, bfloat16, float16", "did you mean bfloat16"]),
+        (
+            ["--model.dtype", "bflot16"],
+            ["'bflot16'", "float32, bfloat16, float16", "did you mean bfloat16"],
+        ),
         (["--sft.optimizer.learning-rate", "0"], ["sft.optimizer", "learning_rate is 0.0"]),
         (["--steps", "3", "1"], ["--steps", "in order"]),
         (["run.yaml"], ["unexpected argument 'run.yaml'"]),
@@ -164,7 +193,9 @@ def test_spellings_are_unambiguous():
         (["--config", "missing.yaml"], ["missing.yaml", "No such file", "demo"]),
         (["--help", "rlfh"], ["--help rlfh", "did you mean rlhf"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("-") else "",
+    ids=lambda value: (
+        " ".join(value) if isinstance(value, list) and value[0].startswith("-") else ""
+    ),
 )
 def test_command_line_refusals(argv, parts):
     message = refusal(*argv)
@@ -217,11 +248,19 @@ def test_yaml_that_is_no_text(tmp_path):
 
 
 def test_yaml_accepts_exponents_dots_and_dashes(yaml_file):
-    path = yaml_file("sft: {optimizer: {learning-rate: 1e-5}}\nrlhf.kl.coef: 1\ndata: {split: '1,2,3', path: a.jsonl}")
+    path = yaml_file(
+        """\
+        sft: {optimizer: {learning-rate: 1e-5}}
+        rlhf.kl.coef: 1
+        data: {split: '1,2,3', path: a.jsonl}
+        """
+    )
     config = quiet("--config", path)
     assert config.sft.optimizer.learning_rate == 1e-5
-    assert config.rlhf.kl.coef == 1.0 and isinstance(config.rlhf.kl.coef, float)
-    assert config.data.split == (1.0, 2.0, 3.0) and config.data.path == ("a.jsonl",)
+    assert config.rlhf.kl.coef == 1.0
+    assert isinstance(config.rlhf.kl.coef, float)
+    assert config.data.split == (1.0, 2.0, 3.0)
+    assert config.data.path == ("a.jsonl",)
 
 
 def test_text_is_taken_as_written(yaml_file):
@@ -270,7 +309,9 @@ def test_saved_config_reproduces_the_run(tmp_path):
 def test_saved_config_lists_and_explains_every_setting():
     lines = to_yaml(RunConfig()).splitlines()
     for setting in all_settings().values():
-        assert any(line.strip().startswith(setting.name + ": ") and setting.help in line for line in lines)
+        assert any(
+            line.strip().startswith(setting.name + ": ") and setting.help in line for line in lines
+        )
 
 
 def test_recipes_are_valid():
@@ -302,8 +343,10 @@ def test_help_mentions_every_setting_section_choice_and_default():
 
 def test_help_of_one_section():
     text = help_text("rlhf.kl")
-    assert "--rlhf.kl.coef" in text and "default 0.05" in text
-    assert "--seed" not in text and "--rlhf.gamma" not in text
+    assert "--rlhf.kl.coef" in text
+    assert "default 0.05" in text
+    assert "--seed" not in text
+    assert "--rlhf.gamma" not in text
 
 
 def test_help_fits_a_narrow_terminal():
@@ -311,7 +354,13 @@ def test_help_fits_a_narrow_terminal():
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 @pytest.mark.parametrize("argv, status", [(["--help"], 0), (["--sed", "1"], 1)])
@@ -327,7 +376,8 @@ except SystemExit as stop:
     status = stop.code
 except UserError:
     status = 1
-heavy = [name for name in ("torch", "transformers", "deepspeed", "hybrid_kernels") if name in sys.modules]
+slow = ("torch", "transformers", "deepspeed", "hybrid_kernels")
+heavy = [name for name in slow if name in sys.modules]
 assert not heavy, heavy
 sys.exit(status)
 """

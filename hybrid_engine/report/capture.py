@@ -23,9 +23,11 @@ class Forward(logging.Handler):
 
 
 class LibraryCapture:
-    """Python warnings and log records go to `receive(level, text)` instead of the streams, until closed.
+    """Python warnings and log records go to `receive(level, text)` instead of the streams, until
+    closed.
 
-    Libraries with a stream handler of their own (DeepSpeed, transformers) would write across the live panel.
+    Libraries with a stream handler of their own (DeepSpeed, transformers) would write across the
+    live panel.
     """
 
     def __init__(self, receive: Callable[[int, str], None]) -> None:
@@ -37,7 +39,9 @@ class LibraryCapture:
         self.adopt()
 
     def adopt(self) -> None:
-        """Takes over the stream handlers of loggers made since; libraries set them up when they are imported."""
+        """Takes over the stream handlers of loggers made since; libraries set them up when they are
+        imported.
+        """
         for logger in known_loggers():
             for handler in stream_handlers(logger):
                 self._taken.append((logger, handler, logger.propagate))
@@ -69,10 +73,17 @@ def _show(receive: Callable[[int, str], None]) -> Callable[..., None]:
 
 def known_loggers() -> list[logging.Logger]:
     existing = logging.root.manager.loggerDict.values()
-    return [logging.getLogger(), *(logger for logger in existing if isinstance(logger, logging.Logger))]
+    return [
+        logging.getLogger(),
+        *(logger for logger in existing if isinstance(logger, logging.Logger)),
+    ]
 
 
 def stream_handlers(logger: logging.Logger) -> list[logging.Handler]:
     """Its handlers that write to the process's own streams (files and test captures stay)."""
     streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    return [own for own in logger.handlers if isinstance(own, logging.StreamHandler) and own.stream in streams]
+    return [
+        own
+        for own in logger.handlers
+        if isinstance(own, logging.StreamHandler) and own.stream in streams
+    ]

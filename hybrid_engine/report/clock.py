@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +19,18 @@ class Visit:
 
 
 class PhaseClock:
-    """Phases may nest; the seconds of an inner one are not the outer one's, so that all of them add up to the whole."""
+    """Phases may nest; the seconds of an inner one are not the outer one's, so that all of them add
+    up to the whole.
+    """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._stack: list[Visit] = []
         self._since = now()
         self.began = self._since
-        self.seconds: Counter[str] = Counter()  # of the whole stage
-        self._recent_seconds: Counter[str] = Counter()  # since the last take()
-        self._recent_tokens: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)  # of the whole stage
+        self._recent_seconds: dict[str, float] = defaultdict(float)  # since the last take()
+        self._recent_tokens: dict[str, int] = defaultdict(int)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Visit]:
@@ -66,7 +68,9 @@ class PhaseClock:
         Keys: ``seconds_<phase>`` and ``tokens_per_second_<phase>``.
         """
         self._charge()
-        taken: dict[str, float] = {f"seconds_{name}": seconds for name, seconds in self._recent_seconds.items()}
+        taken: dict[str, float] = {
+            f"seconds_{name}": seconds for name, seconds in self._recent_seconds.items()
+        }
         for name, tokens in self._recent_tokens.items():
             if tokens and self._recent_seconds[name] > 0:
                 taken[f"tokens_per_second_{name}"] = tokens / self._recent_seconds[name]

@@ -1,4 +1,6 @@
-"""Where a run shows itself: plain lines in a pipe, a live panel on a terminal. Both show the same events."""
+"""Where a run shows itself: plain lines in a pipe, a live panel on a terminal. Both show the same
+events.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ class Display(Protocol):
 
 
 def make_display(stream: TextIO) -> Display:
-    return LiveDisplay(Console(file=stream, highlight=False)) if stream.isatty() else PlainDisplay(stream)
+    return (
+        LiveDisplay(Console(file=stream, highlight=False))
+        if stream.isatty()
+        else PlainDisplay(stream)
+    )
 
 
 class PlainDisplay:
@@ -70,7 +76,9 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A stage's progress, phase and latest metrics at the foot of the terminal; everything else scrolls above it."""
+    """A stage's progress, phase and latest metrics at the foot of the terminal; everything else
+    scrolls above it.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -113,14 +121,21 @@ def render(view: StageView) -> RenderableType:
     if view.phase:
         rate = view.clock.rate()
         share = f"{view.phase_done}/{view.phase_total}" if view.phase_total else ""
-        bars.add_row(view.phase, bar(view.phase_done, view.phase_total), share, f"{rate:.0f} tok/s" if rate else "")
+        bars.add_row(
+            view.phase,
+            bar(view.phase_done, view.phase_total),
+            share,
+            f"{rate:.0f} tok/s" if rate else "",
+        )
     return Group(bars, Columns([metric(view, label) for label in view.latest], padding=(0, 3)))
 
 
 def metric(view: StageView, label: str) -> Text:
     """A metric's name, its latest value and its course."""
     course = sparkline(list(view.history[label]))
-    return Text.assemble((label, "dim"), " ", (number(view.latest[label]), "bold"), " ", (course, "cyan"))
+    return Text.assemble(
+        (label, "dim"), " ", (number(view.latest[label]), "bold"), " ", (course, "cyan")
+    )
 
 
 def bar(done: int, total: int) -> ProgressBar:

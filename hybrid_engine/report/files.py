@@ -1,4 +1,6 @@
-"""The files of a run that other programs read: metrics.jsonl and summary.json. Both are valid after a kill at any moment."""
+"""The files of a run that other programs read: metrics.jsonl and summary.json. Both are valid after
+a kill at any moment.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,14 @@ from hybrid_engine.report.text import finite
 
 
 class MetricsFile:
-    """One JSON object a line. Every line is one write to the operating system, so a killed run loses none."""
+    """One JSON object a line. Every line is one write to the operating system, so a killed run
+    loses none.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Opens `path` for appending and drops a last line that a crash of the machine left incomplete."""
+        """Opens `path` for appending and drops a last line that a crash of the machine left
+        incomplete.
+        """
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         content = path.read_bytes()
@@ -65,7 +71,9 @@ class SummaryFile:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise UserError(f"{self.path}: not valid JSON ({error}); move it away and start again") from None
+            raise UserError(
+                f"{self.path}: not valid JSON ({error}); move it away and start again"
+            ) from None
         if not isinstance(content, dict):
             raise UserError(f"{self.path}: expected a JSON object; move it away and start again")
         return content

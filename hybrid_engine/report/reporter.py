@@ -31,8 +31,9 @@ SHOWN_CHARACTERS = 600  # of a sample on the screen; run.log has all of it
 class Reporter:
     """Shows a run and writes OUTPUT/{run.log, metrics.jsonl, summary.json}.
 
-    Use it as a context manager: inside, Python warnings and libraries' log records become part of the report. With
-    ``main=False`` (every rank but 0) nothing is written and only warnings are shown, on stderr.
+    Use it as a context manager: inside, Python warnings and libraries' log records become part of
+    the report. With ``main=False`` (every rank but 0) nothing is written and only warnings are
+    shown, on stderr.
     """
 
     def __init__(self, output_dir: str | Path, main: bool = True) -> None:
@@ -55,14 +56,17 @@ class Reporter:
             self._log = RunLog(self.output_dir / "run.log")
         except OSError as error:
             raise UserError(
-                f"--output-dir {self.output_dir}: {error.strerror} ({error.filename}); choose a writable directory"
+                f"--output-dir {self.output_dir}: {error.strerror} ({error.filename}); "
+                "choose a writable directory"
             ) from None
 
     def __enter__(self) -> Reporter:
         self._capture = LibraryCapture(self._library_message)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if error is not None and self.main:
             self._log.write("".join(traceback.format_exception(error)))
         self.close()
@@ -101,11 +105,13 @@ class Reporter:
             if self.main:
                 self._display.close()
             self._view = None
-        self.summarize(name, {"seconds": self._clock.elapsed(), "phase_seconds": dict(self._clock.seconds)})
+        self.summarize(
+            name, {"seconds": self._clock.elapsed(), "phase_seconds": dict(self._clock.seconds)}
+        )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What is running now. Phases may nest; an inner one's seconds are not counted to the outer one."""
+        """What is running now. Phases may nest; an inner one's seconds are not the outer one's."""
         with self._clock.phase(name):
             self._count(0, 0)
             yield
@@ -116,21 +122,27 @@ class Reporter:
             self._view.phase_done, self._view.phase_total = done, total
 
     def tick(self, done: int, total: int, tokens: int = 0) -> None:
-        """`done` of `total` pieces of the current phase, and the tokens handled in it so far (not since the last tick)."""
+        """`done` of `total` pieces of the current phase; `tokens` counts from the phase's
+        beginning.
+        """
         self._clock.count(tokens)
         self._count(done, total)
         if self.main:
             self._display.tick()
 
     def log(self, stage: str, iteration: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl: `iteration` counts finished iterations (0: before the first), scalars may be tensors.
+        """One line of metrics.jsonl; `iteration` counts finished iterations, scalars may be
+        tensors.
 
-        ``seconds_<phase>`` and ``tokens_per_second_<phase>`` since the last call are added; a value named ``tokens`` counts
-        for the phase ``train``. NaN and infinities become null and are named under ``nonfinite``.
+        ``seconds_<phase>`` and ``tokens_per_second_<phase>`` since the last call are added; a value
+        named ``tokens`` counts for the phase ``train``. NaN and infinities become null and are
+        named under ``nonfinite``.
         """
         timings = self._clock.take()
         if "tokens" in values and timings.get("seconds_train"):
-            timings.setdefault("tokens_per_second_train", float(values["tokens"]) / timings["seconds_train"])
+            timings.setdefault(
+                "tokens_per_second_train", float(values["tokens"]) / timings["seconds_train"]
+            )
         record = finite({"stage": stage, "iteration": iteration, **values, **timings})
         if not self.main:
             return
@@ -184,10 +196,6 @@ class Reporter:
             self._summary.merge(stage, values)
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says so far; empty on ranks other than 0."""
-        return self._summary.read() if self.main else {}
-
-    def summary(self) -> dict[str, Any]:
         """The content of summary.json, on every rank; empty when there is none."""
         return self._summary.read()
 
@@ -202,14 +210,17 @@ class Reporter:
 
     @property
     def lines(self) -> int:
-        """Lines of metrics.jsonl: a checkpoint keeps it, a resumed run gives it to :meth:`truncate`."""
+        """Lines of metrics.jsonl: for a checkpoint, and back to :meth:`truncate` on resuming."""
         return self._metrics.lines if self.main else 0
 
     def truncate(self, lines: int) -> None:
-        """Drops the metrics after the first `lines` lines: those that the checkpoint being resumed does not know."""
+        """Drops what follows the first `lines` lines: the checkpoint being resumed knows no more.
+        """
         if self.main:
             if lines > self.lines:
-                self.warn(f"metrics.jsonl has {self.lines} lines, the checkpoint was taken after {lines}")
+                self.warn(
+                    f"metrics.jsonl has {self.lines} lines, the checkpoint was taken after {lines}"
+                )
             self._metrics.truncate(lines)
 
     def restart(self, stage: str) -> None:

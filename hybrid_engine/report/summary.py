@@ -14,7 +14,9 @@ from hybrid_engine.report.text import duration, number
 
 
 def print_summary(summary: Mapping[str, Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints summary.json's content. ``x_before`` and ``x_after`` (or ``x``) share a row; ``x_se`` stands at their difference."""
+    """Prints summary.json's content. ``x_before`` and ``x_after`` (or ``x``) share a row; ``x_se``
+    stands at their difference.
+    """
     console = console or Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, title="Summary", title_justify="left", pad_edge=False)
     for heading in ("step", "metric"):
@@ -29,7 +31,9 @@ def print_summary(summary: Mapping[str, Mapping[str, Any]], console: Console | N
 
 
 def rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(metric, before, after, change) of one stage; a metric without a 'before' fills the 'after' column alone."""
+    """(metric, before, after, change) of one stage; a metric without a 'before' fills the 'after'
+    column alone.
+    """
     for key, value in values.items():
         stem = key.removesuffix("_after")
         if isinstance(value, Mapping):
@@ -37,7 +41,10 @@ def rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         elif isinstance(value, bool) or is_part_of_another(key, values):
             continue
         elif f"{stem}_before" in values:
-            yield prefix + stem, *compared(values[f"{stem}_before"], value, values.get(f"{stem}_se"))
+            yield (
+                prefix + stem,
+                *compared(values[f"{stem}_before"], value, values.get(f"{stem}_se")),
+            )
         else:
             yield prefix + key, "", single(prefix + key, value, values.get(f"{key}_se")), ""
 

@@ -11,8 +11,12 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped (models may write them, terminals would obey them); newline and tab stay."""
-    return "".join(_escape(char) if unicodedata.category(char) in ("Cc", "Cs") else char for char in text)
+    """`text` with control characters escaped (models may write them, terminals would obey them);
+    newline and tab stay.
+    """
+    return "".join(
+        _escape(char) if unicodedata.category(char) in ("Cc", "Cs") else char for char in text
+    )
 
 
 def _escape(char: str) -> str:
@@ -35,7 +39,8 @@ def to_plain(value: Any) -> Any:
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-safe `values`: NaN and infinities become None and their keys are listed under "nonfinite".
+    """JSON-safe `values`: NaN and infinities become None and their keys are listed under
+    "nonfinite".
 
     JSON has no NaN; writing one anyway would break every strict reader of the file.
     """

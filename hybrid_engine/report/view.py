@@ -47,7 +47,9 @@ def headlines(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class StageView:
-    """Progress of one stage. `done` counts finished iterations, `start` those of an earlier process."""
+    """Progress of one stage. `done` counts finished iterations, `start` those of an earlier
+    process.
+    """
 
     name: str
     total: int
@@ -57,7 +59,9 @@ class StageView:
     phase_done: int = 0
     phase_total: int = 0
     latest: dict[str, Any] = field(default_factory=dict)
-    history: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=HISTORY)))
+    history: dict[str, deque[float]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=HISTORY))
+    )
 
     def __post_init__(self) -> None:
         self.done = self.start
@@ -92,4 +96,5 @@ class StageView:
     def phase_line(self) -> str:
         rate = self.clock.rate()
         speed = f"  {rate:.0f} tok/s" if rate else ""
-        return f"{self.name:<6} {self.progress()}  {self.phase} {self.phase_done}/{self.phase_total}{speed}"
+        share = f"{self.phase_done}/{self.phase_total}"
+        return f"{self.name:<6} {self.progress()}  {self.phase} {share}{speed}"

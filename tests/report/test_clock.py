@@ -35,7 +35,11 @@ def test_seconds_and_rates_since_the_last_take(clock, time):
         assert clock.rate() == 20.0
     with clock.phase("train"):
         time.pass_by(3)
-    assert clock.take() == {"seconds_generate": 2.0, "seconds_train": 3.0, "tokens_per_second_generate": 20.0}
+    assert clock.take() == {
+        "seconds_generate": 2.0,
+        "seconds_train": 3.0,
+        "tokens_per_second_generate": 20.0,
+    }
     assert clock.take() == {}
     with clock.phase("generate"):
         time.pass_by(2)
@@ -51,7 +55,11 @@ def test_inner_phase_is_not_counted_twice(clock, time):
             time.pass_by(5)
             clock.count(5)
         time.pass_by(2)
-    assert clock.take() == {"seconds_evaluate": 3.0, "seconds_generate": 5.0, "tokens_per_second_generate": 1.0}
+    assert clock.take() == {
+        "seconds_evaluate": 3.0,
+        "seconds_generate": 5.0,
+        "tokens_per_second_generate": 1.0,
+    }
     assert sum(clock.seconds.values()) == clock.elapsed() == 8.0
 
 
@@ -77,8 +85,12 @@ def test_time_outside_phases_belongs_to_none(clock, time):
 
 
 def test_a_phase_ends_with_its_exception(clock, time):
-    with pytest.raises(KeyError), clock.phase("train"):
-        time.pass_by(1)
-        raise KeyError
+    def fail():
+        with clock.phase("train"):
+            time.pass_by(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert clock.current is None
     assert clock.seconds == {"train": 1.0}

@@ -34,7 +34,13 @@ def records(path):
 
 
 def test_non_finite_values_become_null_and_are_named():
-    values = {"loss": NAN, "kl": -INF, "reward": 1.5, "parts": {"a": INF, "b": 2}, "list": [1.0, NAN]}
+    values = {
+        "loss": NAN,
+        "kl": -INF,
+        "reward": 1.5,
+        "parts": {"a": INF, "b": 2},
+        "list": [1.0, NAN],
+    }
     assert finite(values) == {
         "loss": None,
         "kl": None,
@@ -47,7 +53,12 @@ def test_non_finite_values_become_null_and_are_named():
 
 
 def test_tensors_and_arrays_are_numbers():
-    values = {"t": torch.tensor(1.5), "i": torch.tensor(3), "v": torch.tensor([1, 2]), "n": numpy.float32(0.5)}
+    values = {
+        "t": torch.tensor(1.5),
+        "i": torch.tensor(3),
+        "v": torch.tensor([1, 2]),
+        "n": numpy.float32(0.5),
+    }
     assert finite(values) == {"t": 1.5, "i": 3, "v": [1, 2], "n": 0.5}
     assert finite({"t": torch.tensor(NAN)}) == {"t": None, "nonfinite": ["t"]}
 
@@ -106,7 +117,9 @@ while True:
     if iteration == 50:
         print("ready", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout.readline() == "ready\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -122,7 +135,10 @@ def test_summary_merges_by_stage(tmp_path):
     summary.merge("sft", {"before": 3.0})
     summary.merge("reward", {"accuracy": 0.5})
     summary.merge("sft", {"after": 2.0})
-    assert strict(summary.path.read_text()) == {"sft": {"before": 3.0, "after": 2.0}, "reward": {"accuracy": 0.5}}
+    assert strict(summary.path.read_text()) == {
+        "sft": {"before": 3.0, "after": 2.0},
+        "reward": {"accuracy": 0.5},
+    }
     summary.drop("sft")
     summary.drop("absent")
     assert summary.read() == {"reward": {"accuracy": 0.5}}

@@ -48,8 +48,11 @@ def test_plain_lines(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert not CONTROL.search(shown)
     lines = shown.splitlines()
-    assert len(lines) == 13 and lines[-1] == "done"
-    assert re.match(r"rlhf    1/12  reward   0\.1429  kl      0\.5  lr    1e-05  gen tok/s +\d+", lines[0])
+    assert len(lines) == 13
+    assert lines[-1] == "done"
+    assert re.match(
+        r"rlhf    1/12  reward   0\.1429  kl      0\.5  lr    1e-05  gen tok/s +\d+", lines[0]
+    )
     assert len({line.index("kl") for line in lines[:12]}) == 1  # aligned
     assert log_lines(tmp_path) == lines  # nothing shown is missing from run.log
 
@@ -61,7 +64,12 @@ def test_metrics_have_stage_iteration_and_timings(tmp_path):
     first, second = metrics(tmp_path)
     assert list(first)[:2] == ["stage", "iteration"]
     assert (second["stage"], second["iteration"], second["reward"]) == ("rlhf", 2, 2 / 7)
-    assert {"seconds_generate", "seconds_train", "tokens_per_second_generate", "tokens_per_second_train"} < set(first)
+    assert {
+        "seconds_generate",
+        "seconds_train",
+        "tokens_per_second_generate",
+        "tokens_per_second_train",
+    } < set(first)
 
 
 def test_stage_seconds_go_to_the_summary_of_a_finished_stage(tmp_path):
@@ -93,16 +101,22 @@ def test_summary_can_be_read_on_every_rank(tmp_path):
 
 
 def test_stages_do_not_nest(tmp_path):
-    with Reporter(tmp_path) as report, report.stage("sft", 1):
-        with pytest.raises(RuntimeError, match="inside stage 'sft'"), report.stage("reward", 1):
-            pass
+    with (
+        Reporter(tmp_path) as report,
+        report.stage("sft", 1),
+        pytest.raises(RuntimeError, match="inside stage 'sft'"),
+        report.stage("reward", 1),
+    ):
+        pass
 
 
 def test_nan_is_shown_warned_about_and_valid_json(tmp_path, capsys):
     with Reporter(tmp_path) as report:
         report.log("sft", 1, {"loss": float("nan")})
         report.log("sft", 2, {"loss": float("nan")})
-    assert [(record["loss"], record["nonfinite"]) for record in metrics(tmp_path)] == [(None, ["loss"])] * 2
+    assert [(record["loss"], record["nonfinite"]) for record in metrics(tmp_path)] == [
+        (None, ["loss"])
+    ] * 2
     shown = capsys.readouterr().out
     assert shown.count("warning: sft: loss is not finite") == 1
     assert "2 times: sft: loss is not finite" in shown
@@ -145,7 +159,8 @@ def test_warnings_and_logs_of_libraries_are_part_of_the_report(tmp_path, capsys)
                 library.info("detail")
                 late.warning("late")
                 warnings.warn("careful", UserWarning, stacklevel=1)
-        assert library.handlers == [own] and library.propagate is False
+        assert library.handlers == [own]
+        assert library.propagate is False
     finally:
         library.removeHandler(own)
         late.handlers.clear()
@@ -181,7 +196,11 @@ def test_truncate_and_resume(tmp_path, capsys):
         with report.stage("rlhf", 4, start=2):
             report.log("rlhf", 3, {"reward": 9.0})
         report.truncate(7)
-    assert [(record["iteration"], record["reward"]) for record in metrics(tmp_path)] == [(1, 1 / 7), (2, 2 / 7), (3, 9.0)]
+    assert [(record["iteration"], record["reward"]) for record in metrics(tmp_path)] == [
+        (1, 1 / 7),
+        (2, 2 / 7),
+        (3, 9.0),
+    ]
     assert "metrics.jsonl has 3 lines, the checkpoint was taken after 7" in capsys.readouterr().out
 
 
@@ -210,7 +229,8 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path, capsys, monkeypatch):
         report.warn("look")
     assert not (tmp_path / "out").exists()
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err == "rank 1: warning: look\n"
+    assert shown.out == ""
+    assert shown.err == "rank 1: warning: look\n"
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -263,7 +283,15 @@ def test_live_panel_shows_stage_phase_metrics_and_messages():
         console.print(render(view))
     display.close()
     shown = stream.getvalue()
-    for part in ("5/20", "41/64", "generate", "reward 2.5 ▁▃▅▆█", "kl -", "warning: [red]not markup", "The film was"):
+    for part in (
+        "5/20",
+        "41/64",
+        "generate",
+        "reward 2.5 ▁▃▅▆█",
+        "kl -",
+        "warning: [red]not markup",
+        "The film was",
+    ):
         assert part in shown
 
 
@@ -331,15 +359,20 @@ def test_empty_summary():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, "-"), (3, "3"), (123456, "123456"), (0.00123456, "0.001235"), (1234.5678, "1235"), (1e-5, "1e-05"),
-     (2.5e9, "2.5e+09"), (True, "True"), ("a\nb", "a b"), (float("inf"), "inf")],
+    [(None, "-"), (3, "3"), (123456, "123456"), (0.00123456, "0.001235"), (1234.5678, "1235"),
+     (1e-5, "1e-05"), (2.5e9, "2.5e+09"), (True, "True"), ("a\nb", "a b"), (float("inf"), "inf")],
 )  # fmt: skip
 def test_number(value, text):
     assert number(value) == text
 
 
 def test_duration_and_sparkline():
-    assert [duration(value) for value in (None, 0.4, 59.6, 3600)] == ["-", "0:00", "1:00", "1:00:00"]
+    assert [duration(value) for value in (None, 0.4, 59.6, 3600)] == [
+        "-",
+        "0:00",
+        "1:00",
+        "1:00:00",
+    ]
     assert sparkline([0, 1, None, 7]) == "▁▂█"
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([1.0]) == ""
