@@ -33,7 +33,7 @@ def locate(path_or_name: str | Path) -> Path:
             raise UserError(f"{path}: no {CONFIG}; give a directory in Hugging Face's format")
         return path
     name = str(path_or_name)
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(
             f"{name}: no such model directory; give a directory with {CONFIG} and safetensors "
             "files, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct"

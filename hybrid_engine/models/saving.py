@@ -61,6 +61,19 @@ def _is_writer() -> bool:
     )
 
 
+def _replace(final: Path, partial: Path, previous: Path) -> None:
+    """A directory cannot be renamed over another: the old one steps aside, and back on failure."""
+    if final.exists():
+        final.rename(previous)
+    try:
+        partial.rename(final)
+    except OSError:
+        if previous.exists():
+            previous.rename(final)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
 @contextmanager
 def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
     """A fresh sibling directory that takes ``directory``'s place at the end; None if not writer."""
@@ -74,10 +87,7 @@ def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        if final.exists():
-            final.rename(previous)
-        partial.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
+        _replace(final, partial, previous)
     except OSError as error:
         raise UserError(f"{directory}: cannot write the model ({error})") from error
     finally:

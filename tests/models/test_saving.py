@@ -124,6 +124,27 @@ def test_a_failed_save_leaves_the_previous_directory(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_the_previous_directory_returns_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_causal("gpt2", tmp_path / "in")
+    model = load_causal_lm(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("weights")
+    rename = Path.rename
+
+    def refuse_the_last(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_last)
+    with pytest.raises(UserError, match="cannot write the model .*Permission denied"):
+        save_model(model, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
 def test_saving_over_an_existing_directory_replaces_it_whole(tmp_path: Path) -> None:
     save_causal("gpt2", tmp_path / "in")
     (tmp_path / "out").mkdir()

@@ -52,6 +52,7 @@ def test_a_scalar_model_from_a_causal_one_reopens_in_transformers(
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert peer.config.num_labels == 1
+    assert peer.config.architectures == [type(peer).__name__]
     sequences = [*ragged(), [7, 8, EOS]]  # an answer's score is at its EOS
     expected = their_scores(peer.eval(), sequences)
     torch.testing.assert_close(our_scores(model, sequences), expected, rtol=0, atol=TOLERANCE)

@@ -58,6 +58,7 @@ def test_merged_save_equals_the_unmerged_forward(layout: str, tmp_path: Path) ->
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     save_causal("llama-tied", tmp_path)
     config = LoRAConfig(r=2, alpha=4.0, targets=("qkv", "mlp_out"))
+    torch.manual_seed(98)
     model = load_causal_lm(tmp_path, lora=config)
     expected = {
         f"decoder.blocks.{i}.{target}.{part}"
@@ -69,7 +70,10 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     block = model.decoder.blocks[0]
     assert block.qkv.lora_a.shape == (3 * 2, 48)  # one pair for each of q, k, v
     assert block.qkv.lora_b.shape == (48 + 16 + 16, 2)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
     again = load_causal_lm(tmp_path, lora=config)
+    assert torch.equal(torch.get_rng_state(), state)  # adapters draw from a generator of their own
     for (name, a), (_, b) in zip(adapted_linears(model), adapted_linears(again), strict=True):
         assert torch.equal(a.lora_a, b.lora_a), name
         assert not a.lora_b.any()
