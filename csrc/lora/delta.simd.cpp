@@ -1,6 +1,7 @@
-// Four vectors of the row at a time stay in registers over all R, so that A is read once from the cache and delta written once.
-#include "common/vec.h"
+// Four vectors of the row at a time stay in registers over all R, so that A is read once from the cache and delta
+// written once.
 #include "lora/delta.h"
+#include "common/vec.h"
 
 namespace hybrid::HYBRID_ISA {
 

@@ -8,7 +8,8 @@
 
 namespace hybrid {
 
-HYBRID_DECLARE_SIMD(void lora_delta_row(const float* a, const float* b, float scale, int64_t R, int64_t K, float* delta))
+HYBRID_DECLARE_SIMD(void lora_delta_row(const float* a, const float* b, float scale, int64_t R, int64_t K,
+                                        float* delta))
 
 void lora_delta_row(const float* a, const float* b, float scale, int64_t R, int64_t K, float* delta) {
   HYBRID_PICK_SIMD(lora_delta_row)(a, b, scale, R, K, delta);
@@ -32,7 +33,8 @@ BFloat16 round_to<BFloat16>(float x) {  // to nearest, ties to even
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// Bits as integers in the order of the values: neighbouring numbers differ by one, -0 comes just before +0. Its own inverse.
+// Bits as integers in the order of the values: neighbouring numbers differ by one, -0 comes just before +0. Its own
+// inverse.
 int64_t ordered(float x) {
   const int32_t bits = std::bit_cast<int32_t>(x);
   return bits < 0 ? bits ^ INT32_MAX : bits;
@@ -114,8 +116,8 @@ std::vector<LoraEscape<Weight>> lora_merge_in_place(Weight* weight, const LoraFa
 }
 
 template <typename Weight>
-void lora_unmerge_in_place(Weight* weight, const LoraFactors& factors, const int8_t* residual, const int64_t* escape_index,
-                           const Weight* escape_value, int64_t escapes) {
+void lora_unmerge_in_place(Weight* weight, const LoraFactors& factors, const int8_t* residual,
+                           const int64_t* escape_index, const Weight* escape_value, int64_t escapes) {
   for_each_delta_row(factors, [&](int64_t n, const float* delta) {
     for (int64_t k = 0; k < factors.K; ++k) {
       const int64_t i = n * factors.K + k;
@@ -131,6 +133,7 @@ template void lora_merge(const BFloat16*, const LoraFactors&, BFloat16*);
 template std::vector<LoraEscape<float>> lora_merge_in_place(float*, const LoraFactors&, int8_t*);
 template std::vector<LoraEscape<BFloat16>> lora_merge_in_place(BFloat16*, const LoraFactors&, int8_t*);
 template void lora_unmerge_in_place(float*, const LoraFactors&, const int8_t*, const int64_t*, const float*, int64_t);
-template void lora_unmerge_in_place(BFloat16*, const LoraFactors&, const int8_t*, const int64_t*, const BFloat16*, int64_t);
+template void lora_unmerge_in_place(BFloat16*, const LoraFactors&, const int8_t*, const int64_t*, const BFloat16*,
+                                    int64_t);
 
 }  // namespace hybrid

@@ -11,8 +11,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// delta[n, :] = scale * sum_r b[n, r] a[split(n) * R + r, :], r in ascending order: the same bits whenever it is computed, on any
-// number of threads.
+// delta[n, :] = scale * sum_r b[n, r] a[split(n) * R + r, :], r in ascending order: the same bits whenever it is
+// computed, on any number of threads.
 struct LoraFactors {
   const float* a;         // [num_splits * R, K], one block of R rows a split
   const float* b;         // [N, R]
@@ -27,8 +27,8 @@ struct LoraFactors {
 template <typename Weight>
 void lora_merge(const Weight* weight, const LoraFactors& factors, Weight* merged);
 
-// What merging in place loses. Subtracting delta again lands near the base; residual counts the representable numbers between.
-// Where that count does not fit into int8, or a number is not finite, the base value itself is an escape.
+// What merging in place loses. Subtracting delta again lands near the base; residual counts the representable numbers
+// between. Where that count does not fit into int8, or a number is not finite, the base value itself is an escape.
 template <typename Weight>
 struct LoraEscape {
   int64_t index;  // n * K + k
@@ -40,7 +40,7 @@ std::vector<LoraEscape<Weight>> lora_merge_in_place(Weight* weight, const LoraFa
 
 // Restores the bytes from before lora_merge_in_place, given the same factors on the same processor.
 template <typename Weight>
-void lora_unmerge_in_place(Weight* weight, const LoraFactors& factors, const int8_t* residual, const int64_t* escape_index,
-                           const Weight* escape_value, int64_t escapes);
+void lora_unmerge_in_place(Weight* weight, const LoraFactors& factors, const int8_t* residual,
+                           const int64_t* escape_index, const Weight* escape_value, int64_t escapes);
 
 }  // namespace hybrid

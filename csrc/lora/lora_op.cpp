@@ -33,7 +33,8 @@ struct Factors {
   Tensor a, b;
   LoraFactors args;
 
-  Factors(const char* op, const Tensor& weight, const Tensor& a_, const Tensor& b_, double scale, at::IntArrayRef splits) {
+  Factors(const char* op, const Tensor& weight, const Tensor& a_, const Tensor& b_, double scale,
+          at::IntArrayRef splits) {
     TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16, op,
                       ": weight has dtype ", c10::toString(weight.scalar_type()), "; expected Float or BFloat16");
     TORCH_CHECK_VALUE(!splits.empty() && std::all_of(splits.begin(), splits.end(), [](int64_t s) { return s > 0; }), op,
@@ -108,11 +109,12 @@ void lora_unmerge_in_place_cpu(Tensor& weight, const Tensor& lora_a, const Tenso
       .expect(residual_, "residual", {"N", "K"}, at::kChar)
       .expect(escape_index_, "escape_index", {"E"}, at::kLong)
       .expect(escape_value_, "escape_value", {"E"}, weight.scalar_type());
-  const Tensor residual = residual_.contiguous(), index = escape_index_.contiguous(), value = escape_value_.contiguous();
+  const Tensor residual = residual_.contiguous(), index = escape_index_.contiguous(),
+               value = escape_value_.contiguous();
   const int64_t* position = index.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < dims["E"]; ++e) {
-    TORCH_CHECK_VALUE(position[e] >= 0 && position[e] < weight.numel(), "lora_unmerge_: escape_index[", e, "] is ", position[e],
-                      "; expected 0 <= index < N*K=", weight.numel());
+    TORCH_CHECK_VALUE(position[e] >= 0 && position[e] < weight.numel(), "lora_unmerge_: escape_index[", e, "] is ",
+                      position[e], "; expected 0 <= index < N*K=", weight.numel());
   }
   dispatch_weight(weight, [&](auto kind) {
     using Weight = decltype(kind);

@@ -8,8 +8,8 @@
 
 namespace hybrid {
 
-// Calls body(begin, end, partial) for fixed chunks of [0, count), each with its own zeroed Partial, and merges the partials in
-// index order with +=.
+// Calls body(begin, end, partial) for fixed chunks of [0, count), each with its own zeroed Partial, and merges the
+// partials in index order with +=.
 template <typename Partial, typename Body>
 Partial sum_chunks(int64_t count, const Body& body) {
   constexpr int64_t kChunk = 4096;

@@ -70,8 +70,14 @@ PolicyLoss ppo_policy_loss(const PolicyLossArgs& args) {
       const double ratio = std::exp(d);
       const TokenLoss token = policy_token(difference, ratio, args.advantages[i], args);
       args.grad[i] = static_cast<float>(token.grad);
-      sums += PolicyLoss{token.loss, 1.0, double(token.clipped && ratio < 1.0), double(token.clipped && ratio > 1.0),
-                         0.5 * d * d, std::expm1(d) - d, ratio, ratio};
+      sums += PolicyLoss{token.loss,
+                         1.0,
+                         double(token.clipped && ratio < 1.0),
+                         double(token.clipped && ratio > 1.0),
+                         0.5 * d * d,
+                         std::expm1(d) - d,
+                         ratio,
+                         ratio};
     }
   });
 }

@@ -1,12 +1,12 @@
-// Advantages, whitening and PPO losses of a batch of responses. All sums run in double over fixed chunks merged in index order,
-// so that results do not depend on the number of threads.
+// Advantages, whitening and PPO losses of a batch of responses. All sums run in double over fixed chunks merged in
+// index order, so that results do not depend on the number of threads.
 #pragma once
 #include <cstdint>
 
 namespace hybrid {
 
-// One row of generalised advantage estimation (Schulman et al., 2016), from the last of `length` tokens backwards; results past
-// `length` are 0, and so is the value after the last token. lengths[b] in [0, steps].
+// Generalised advantage estimation (Schulman et al., 2016), each row from the last of its lengths[b] tokens backwards;
+// results past the length are 0, and so is the value after the last token. 0 <= lengths[b] <= steps.
 struct GaeArgs {
   const float* rewards;    // [batch, steps]
   const float* values;     // [batch, steps]
@@ -23,7 +23,8 @@ struct Moments {
 };
 Moments masked_moments(const float* x, const bool* mask, int64_t count);
 
-// y = (x - mean) / sqrt(squares / (count - 1) + 1e-8) where mask holds, else 0; the mean is added back unless shift_mean.
+// y = (x - mean) / sqrt(squares / (count - 1) + 1e-8) where mask holds, else 0; the mean is added back unless
+// shift_mean.
 void masked_whiten(const float* x, const bool* mask, const Moments& moments, bool shift_mean, float* y, int64_t count);
 
 struct PolicyLossArgs {
@@ -40,8 +41,9 @@ struct PolicyLossArgs {
 struct PolicyLoss {
   double loss;
   double count;
-  double clipped_low, clipped_high;  // tokens whose gradient the clip removes, below 1 - clip_low and above 1 + clip_high
-  double kl_k2, kl_k3;               // d^2 / 2 and r - 1 - d: two estimates of KL(old || new)
+  double clipped_low;   // tokens whose gradient the clip removes, at r < 1 - clip_low
+  double clipped_high;  // at r > 1 + clip_high
+  double kl_k2, kl_k3;  // d^2 / 2 and r - 1 - d: two estimates of KL(old || new)
   double ratio, ratio_max;
 };
 PolicyLoss ppo_policy_loss(const PolicyLossArgs& args);

@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss_cpu(const Tensor& logprob_, c
                                            .clip_high = clip_high,
                                            .dual_clip = dual_clip});
   return {double_scalar(sums.loss), grad,
-          double_tensor({sums.count, sums.clipped_low, sums.clipped_high, sums.kl_k2, sums.kl_k3, sums.ratio,
-                         sums.ratio_max})};
+          double_tensor(
+              {sums.count, sums.clipped_low, sums.clipped_high, sums.kl_k2, sums.kl_k3, sums.ratio, sums.ratio_max})};
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_value_loss_cpu(const Tensor& values_, const Tensor& old_values_,

@@ -7,8 +7,9 @@
 
 namespace hybrid {
 
-// A row is cut into blocks of 64 logits. Each block is folded in float onto the lanes of one vector, and the lanes are summed over
-// the blocks in double: two to four roundings in float, in one order, so that a row's bits depend on its logits alone.
+// A row is cut into blocks of 64 logits. Each block is folded in float onto the lanes of one vector, and the lanes are
+// summed over the blocks in double: two to four roundings in float, in one order, so that a row's bits depend on its
+// logits alone.
 inline constexpr int64_t kRowBlock = 64;
 inline int64_t row_blocks(int64_t vocab) { return (vocab + kRowBlock - 1) / kRowBlock; }
 

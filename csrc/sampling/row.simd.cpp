@@ -1,5 +1,6 @@
-// Two passes over a row: the maximum, then the weights. Both read 4 bytes a logit and write next to nothing; the first is
-// bound by loads, the second by the exponential. A row of 50k logits (200 KB) stays in the second-level cache between them.
+// Two passes over a row: the maximum, then the weights. Both read 4 bytes a logit and write next to nothing; the first
+// is bound by loads, the second by the exponential. A row of 50k logits (200 KB) stays in the second-level cache
+// between them.
 #include <math.h>
 
 #include "common/math.h"
@@ -51,8 +52,8 @@ class WideSum {
   Wide lanes_{};
 };
 
-// (x - m) / temperature. The quotient is a product with 1 / temperature in two floats: as good as a division, and cheaper.
-// From -200 down every weight is exactly 0, so the difference is cut there and 0 * infinity cannot arise.
+// (x - m) / temperature. The quotient is a product with 1 / temperature in two floats: as good as a division, and
+// cheaper. From -200 down every weight is exactly 0, so the difference is cut there and 0 * infinity cannot arise.
 class Exponent {
  public:
   explicit Exponent(RowShift shift)
@@ -112,9 +113,9 @@ void block_weights(const float* logits, int64_t count, RowShift shift, float* we
 }
 
 void score_row_backward(const RowGradArgs& args) {
-  // d logprob / dz_j = [j = target] - p_j and d entropy / dz_j = -p_j (log p_j + entropy), with z = logits / temperature.
-  // p_j = exp(z_j - lse) would carry the rounding of z and lse. Instead the row is shifted by the float nearest to temperature *
-  // lse, and what that float misses becomes a factor near 1.
+  // With z = logits / temperature: d logprob / dz_j = [j = target] - p_j, d entropy / dz_j = -p_j (log p_j + entropy).
+  // p_j = exp(z_j - lse) would carry the rounding of z and lse. Instead the row is shifted by the float nearest to
+  // temperature * lse, and what that float misses becomes a factor near 1.
   const float shift = static_cast<float>(args.lse * args.temperature);
   const float log_missing = static_cast<float>(shift / static_cast<double>(args.temperature) - args.lse);
   const float inverse = 1.0f / args.temperature;

@@ -19,8 +19,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Buffers of one thread, grown to the largest vocabulary seen: sampling a token allocates nothing after the first.
 struct Scratch {
-  std::vector<float> maxima, sums;            // [row_blocks(vocab)]
-  std::vector<float> order;                   // copy of maxima to be partitioned
+  std::vector<float> maxima, sums;             // [row_blocks(vocab)]
+  std::vector<float> order;                    // copy of maxima to be partitioned
   std::vector<Candidate> candidates, working;  // candidates is at least [vocab + 1] long when truncating
 
   static Scratch& of_this_thread(int64_t vocab) {
@@ -40,8 +40,8 @@ RowScore finish_score(float target_logit, RowShift shift, RowSums sums) {
           shift.max / static_cast<double>(shift.temperature) + log_sum};
 }
 
-// Index at which the running sum of weights first exceeds `aim`, and in `before` the sum up to it. The last one of positive weight
-// where rounding leaves the sum short.
+// Index at which the running sum of weights first exceeds `aim`, and in `before` the sum up to it. The last one of
+// positive weight where rounding leaves the sum short.
 template <typename WeightAt>
 int64_t invert(int64_t count, double aim, double* before, const WeightAt& weight_at) {
   double sum = 0.0;
@@ -58,7 +58,8 @@ int64_t invert(int64_t count, double aim, double* before, const WeightAt& weight
 }
 
 // The whole vocabulary: find the block from the block sums, then the token within it.
-int64_t draw_from_all(const float* logits, int64_t vocab, RowShift shift, const std::vector<float>& sums, double uniform) {
+int64_t draw_from_all(const float* logits, int64_t vocab, RowShift shift, const std::vector<float>& sums,
+                      double uniform) {
   double total = 0.0, before = 0.0;
   for (const float sum : sums) total += sum;
   const double aim = uniform * total;
@@ -75,7 +76,8 @@ int64_t draw_from_candidates(std::span<const Candidate> kept, double aim) {
   return kept[invert(std::ssize(kept), aim, &unused, [&](int64_t i) { return kept[i].weight; })].token;
 }
 
-// A logit that the k-th greatest one cannot be below: k blocks hold at least one logit as great as the k-th block maximum.
+// A logit that the k-th greatest one cannot be below: k blocks hold at least one logit as great as the k-th block
+// maximum.
 float top_k_bound(Scratch& scratch, int64_t top_k) {
   scratch.order = scratch.maxima;
   if (top_k > static_cast<int64_t>(scratch.order.size())) return -kInfinity;
@@ -84,8 +86,8 @@ float top_k_bound(Scratch& scratch, int64_t top_k) {
   return *kth;
 }
 
-// A logit below which all the vocabulary together weighs at most (1 - top_p) S, so that the nucleus needs none of it: V tokens
-// of weight (1 - top_p) S / V. The margin covers the rounding of the logarithm.
+// A logit below which all the vocabulary together weighs at most (1 - top_p) S, so that the nucleus needs none of it: V
+// tokens of weight (1 - top_p) S / V. The margin covers the rounding of the logarithm.
 float top_p_bound(RowShift shift, double total, int64_t vocab, float top_p) {
   const double log_weight = std::log((1.0 - top_p) * total / static_cast<double>(vocab));
   const double bound = shift.max + shift.temperature * (log_weight - 1e-3);
@@ -93,7 +95,8 @@ float top_p_bound(RowShift shift, double total, int64_t vocab, float top_p) {
 }
 
 // Every token whose logit is at least `bound`, in vocabulary order.
-std::span<Candidate> gather_candidates(const float* logits, int64_t vocab, RowShift shift, float bound, Scratch& scratch) {
+std::span<Candidate> gather_candidates(const float* logits, int64_t vocab, RowShift shift, float bound,
+                                       Scratch& scratch) {
   if (std::ssize(scratch.candidates) <= vocab) scratch.candidates.resize(vocab + 1);
   Candidate* next = scratch.candidates.data();
   for (int64_t b = 0; b < row_blocks(vocab); ++b) {
@@ -133,8 +136,7 @@ bool cuts_by_count(const SamplingRule& rule, int64_t vocab) { return rule.top_k 
 Kept truncate(const float* logits, int64_t vocab, const SamplingRule& rule, RowShift shift, double total,
               Scratch& scratch) {
   const bool by_count = cuts_by_count(rule, vocab);
-  const float bound =
-      by_count ? top_k_bound(scratch, rule.top_k) : top_p_bound(shift, total, vocab, rule.top_p);
+  const float bound = by_count ? top_k_bound(scratch, rule.top_k) : top_p_bound(shift, total, vocab, rule.top_p);
   Kept kept{gather_candidates(logits, vocab, shift, bound, scratch), total, -kInfinity};
   if (by_count) {
     kept = keep_from(kept.tokens, threshold_by_count(kept.tokens, static_cast<double>(rule.top_k), scratch.working));

@@ -8,8 +8,8 @@ namespace hybrid {
 inline constexpr float kMinTemperature = 1e-6f;
 
 // Log-probability of `target`, entropy and log-sum-exp of logits / temperature over the whole vocabulary.
-// The one row function of sampling and training: equal logits give equal bits. -inf marks an impossible token; a row with NaN,
-// +inf or nothing but -inf scores NaN. temperature >= kMinTemperature.
+// The one row function of sampling and training: equal logits give equal bits. -inf marks an impossible token; a row
+// with NaN, +inf or nothing but -inf scores NaN. temperature >= kMinTemperature.
 struct RowScore {
   float logprob, entropy;
   double lse;  // in double, so that the backward pass can form probabilities to float precision from it
@@ -22,7 +22,8 @@ struct SamplingRule {
   float top_p;        // 1 keeps all; the smallest set of most likely tokens with at least this mass of what top-k left
   uint64_t seed;
 };
-// Order: temperature, top-k, top-p. A kept set is every logit at or above a threshold, so a tie at the threshold is kept whole.
+// Order: temperature, top-k, top-p. A kept set is every logit at or above a threshold, so a tie at the threshold is
+// kept whole.
 struct Sampled {
   int64_t token;    // -1 (and NaN below) where a logit is NaN or +inf, or all are -inf
   float logprob;    // over the whole vocabulary at `temperature`, before truncation

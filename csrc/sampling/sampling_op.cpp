@@ -47,7 +47,8 @@ void check_targets(const char* op, const Tensor& targets, int64_t vocab) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_, const Tensor& targets_, double temperature) {
+std::tuple<Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits_, const Tensor& targets_,
+                                                      double temperature) {
   Dims dims("token_logprobs");
   dims.expect(logits_, "logits", {"N", "V"}).expect(targets_, "targets", {"N"}, at::kLong);
   const int64_t rows = dims["N"], vocab = dims["V"];
@@ -135,7 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_cpu(const Tensor& logi
   const int64_t rows = dims["N"], vocab = dims["V"];
   check_vocab("sample", dims);
   const SamplingRule rule = check_rule(temperature, top_k, top_p, seed);
-  const Tensor logits = logits_.contiguous(), sample_ids = sample_ids_.contiguous(), positions = positions_.contiguous();
+  const Tensor logits = logits_.contiguous(), sample_ids = sample_ids_.contiguous(),
+               positions = positions_.contiguous();
   check_positions(positions);
   Tensor token = at::empty({rows}, sample_ids.options()), logprob = at::empty({rows}, logits.options());
   Tensor entropy = at::empty_like(logprob), kept_mass = at::empty_like(logprob), threshold = at::empty_like(logprob);
@@ -146,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_cpu(const Tensor& logi
   float *p = logprob.mutable_data_ptr<float>(), *h = entropy.mutable_data_ptr<float>();
   float *mass = kept_mass.mutable_data_ptr<float>(), *least = threshold.mutable_data_ptr<float>();
   for_each_row(rows, vocab, [&](int64_t i) {
-    const Sampled sampled = sample_row(x + i * vocab, vocab, rule, static_cast<uint64_t>(id[i]),
-                                       static_cast<uint32_t>(position[i]));
+    const Sampled sampled =
+        sample_row(x + i * vocab, vocab, rule, static_cast<uint64_t>(id[i]), static_cast<uint32_t>(position[i]));
     t[i] = sampled.token;
     p[i] = sampled.logprob;
     h[i] = sampled.entropy;
@@ -155,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sample_cpu(const Tensor& logi
     least[i] = sampled.threshold;
   });
   for (int64_t i = 0; i < rows; ++i) {
-    TORCH_CHECK_VALUE(t[i] >= 0, "sample: logits[", i, "] is no distribution: it holds NaN or +inf, or nothing but -inf");
+    TORCH_CHECK_VALUE(t[i] >= 0, "sample: logits[", i,
+                      "] is no distribution: it holds NaN or +inf, or nothing but -inf");
   }
   return {token, logprob, entropy, kept_mass, threshold};
 }

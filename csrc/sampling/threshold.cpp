@@ -21,11 +21,12 @@ KeyRange range_of(std::span<const Candidate> candidates) {
   return range;
 }
 
-// Each round cuts the range of the candidates' keys into at most 1024 equal bins, adds the bins up from the top, and goes on with
-// the candidates of the bin where the sum reaches `wanted`: at most four rounds for 32-bit keys, the later ones over a
-// handful. Bins fill in vocabulary order, so the sums are reproducible.
+// Each round cuts the range of the candidates' keys into at most 1024 equal bins, adds the bins up from the top, and
+// goes on with the candidates of the bin where the sum reaches `wanted`: at most four rounds for 32-bit keys, the later
+// ones over a handful. Bins fill in vocabulary order, so the sums are reproducible.
 template <typename Measure>
-uint32_t search(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work, const Measure& measure) {
+uint32_t search(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work,
+                const Measure& measure) {
   double above = 0.0;  // measure of the keys over the range
   for (;;) {
     const KeyRange range = range_of(candidates);
