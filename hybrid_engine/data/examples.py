@@ -22,8 +22,9 @@ from hybrid_engine.data.schema import (
 
 @dataclass(frozen=True)
 class SFTExample:
-    """Prompt and answer; only ``tokens[prompt_length:]`` carry loss. There is at least one prompt
-    token.
+    """Prompt and answer; only ``tokens[prompt_length:]`` carry loss.
+
+    There is at least one prompt token.
     """
 
     tokens: list[int]
@@ -32,8 +33,9 @@ class SFTExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """A better and a worse sequence. ``prompt_length`` is 0 when their prompts differ (labelled
-    texts).
+    """A better and a worse sequence.
+
+    ``prompt_length`` is 0 when their prompts differ (labelled texts).
     """
 
     chosen: list[int]

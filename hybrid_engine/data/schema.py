@@ -21,7 +21,6 @@ from hybrid_engine.errors import UserError
 
 LABELS = {"0": 0, "1": 1, "false": 0, "true": 1}
 
-
 PREFERENCE = Kind("preference", ("chosen", "rejected"), ("prompt", "margin"))
 LABELLED_ANSWER = Kind("labelled answer", ("prompt", "completion", "label"))
 ANSWER = Kind("answer", ("prompt", "completion"), steps=("sft", "rlhf"))
@@ -36,9 +35,7 @@ COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "la
 
 
 def parse_columns(entries: Sequence[str]) -> dict[str, str]:
-    """``("question=prompt", ...)`` to ``{"question": "prompt"}``; raises UserError on anything
-    else.
-    """
+    """``("question=prompt", ...)`` to ``{"question": "prompt"}``; else raises UserError."""
     mapping: dict[str, str] = {}
     for entry in entries:
         theirs, separator, ours = entry.partition("=")

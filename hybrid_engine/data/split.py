@@ -35,9 +35,10 @@ def keys_array(keys: list[bytes]) -> np.ndarray:
 
 
 def step_rows(keys: np.ndarray, kind: Kind, shares: tuple[float, ...], step: str) -> np.ndarray:
-    """Indices of the rows that belong to ``step``. Shares of steps that this kind of row cannot
-    serve go to the others
-    in proportion, so a file of bare prompts is used by step 3 as a whole.
+    """Indices of the rows that belong to ``step``.
+
+    Shares of steps that this kind of row cannot serve go to the others in proportion, so a file of
+    bare prompts is used by step 3 as a whole.
     """
     usable = [
         share if name in kind.steps else 0.0 for share, name in zip(shares, STEPS, strict=True)
@@ -52,9 +53,10 @@ def step_rows(keys: np.ndarray, kind: Kind, shares: tuple[float, ...], step: str
 
 
 def split_heldout(keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Mask of the held-out rows. Where chance gives a small source none of one sort, the row
-    nearest to it changes
-    sides; a single row is trained on.
+    """Mask of the held-out rows.
+
+    Where chance gives a small source none of one sort, the row nearest to it changes sides; a
+    single row is trained on.
     """
     numbers = keys[:, HELDOUT]
     chosen = numbers < fraction

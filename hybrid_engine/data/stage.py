@@ -31,9 +31,10 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True)
 class Plan:
-    """Examples by the places of their rows. ``rows [n, 2]``: positions in the source, the second -1
-    unless the example
-    pairs two rows; ``keys [n, 3]``: the random numbers of the first row; ``source [n]``.
+    """Examples by the places of their rows.
+
+    ``rows [n, 2]``: positions in the source, the second -1 unless the example pairs two rows;
+    ``keys [n, 3]``: the random numbers of the first row; ``source [n]``.
     """
 
     source: np.ndarray
@@ -52,7 +53,7 @@ class Plan:
 
 
 class Examples(Sequence[Example], Generic[Example]):
-    """Examples made at each access: a rank holds 32 bytes an example, and no text."""
+    """Examples made at each access: a rank holds the places of rows, and no text."""
 
     def __init__(
         self, sources: list[CheckedSource], plan: Plan, make: Callable[..., Example]
@@ -87,8 +88,7 @@ class StageData:
 def load_stage(
     config: DataConfig, stage: str, tokenizer: Any, seed: int, eos_token_id: int | Sequence[int]
 ) -> StageData:
-    """The examples of step ``stage``: SFTExample for "sft", PairExample for "reward", PromptExample
-    for "rlhf".
+    """The examples of a step: SFTExample ("sft"), PairExample ("reward"), PromptExample ("rlhf").
 
     All rows of all sources are checked in one pass. The result depends on (config, stage, seed) and
     the rows alone, so every rank that calls this has the same plan. ``eos_token_id`` may be several
@@ -111,7 +111,12 @@ def load_stage(
     heldout = blend([heldout for _, heldout in plans], config.weights).sample(config.max_heldout)
     if len(train) == 0:
         raise UserError(nothing_left(stage, config, sources, left_out))
-    make = {"sft": maker.sft, "reward": partial(make_pair, maker), "rlhf": maker.prompt}[stage]
+    makers: dict[str, Callable[..., Any]] = {
+        "sft": maker.sft,
+        "reward": partial(make_pair, maker),
+        "rlhf": maker.prompt,
+    }
+    make = makers[stage]
     return StageData(
         Examples(sources, train, make), Examples(sources, heldout, make), dict(left_out)
     )

@@ -100,8 +100,9 @@ def open_jsonl(path: Path) -> TextRows:
 
 
 def open_json(path: Path) -> TextRows:
-    """A JSON file that holds one array of objects. The text is in memory while it is indexed, not
-    after.
+    """A JSON file that holds one array of objects.
+
+    The text is in memory while it is indexed, not after.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -59,7 +59,7 @@ class HTTPReward:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
             try:
                 with self._opener.open(request, timeout=self._timeout) as response:
-                    text = response.read().decode()
+                    text = response.read().decode(errors="replace")
                     break
             except urllib.error.HTTPError as error:
                 problem = f"status {error.code}: {error.read(200).decode(errors='replace')}".rstrip(

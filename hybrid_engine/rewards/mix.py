@@ -19,22 +19,19 @@ MODEL = "model"
 
 @dataclass(frozen=True)
 class RewardScores:
-    """``total``: one number a sample. ``parts``: what each reward said, unweighted; None where it
-    does not apply.
+    """``total``: one number a sample.
+
+    ``parts``: what each reward said, unweighted; None where it does not apply.
     """
 
     total: list[float]
     parts: dict[str, list[float | None]]
 
-    def means(self) -> dict[str, float]:
-        """Mean of each part over the samples it applies to; absent if it applies to none."""
-        given = {name: [s for s in scores if s is not None] for name, scores in self.parts.items()}
-        return {name: sum(scores) / len(scores) for name, scores in given.items() if scores}
-
 
 class RewardMix:
-    """``sum_i weight_i * reward_i``. A reward that does not apply to a sample takes no part in its
-    sum.
+    """``sum_i weight_i * reward_i``.
+
+    A reward that does not apply to a sample takes no part in its sum.
     """
 
     def __init__(self, rewards: list[tuple[str, float, Reward | None]]) -> None:
@@ -58,6 +55,8 @@ class RewardMix:
             raise ValueError(
                 "RewardMix: this mix contains 'model' and was called without model_scores"
             )
+        if not samples:  # a rank without a share of the batch asks nobody
+            return RewardScores([], {name: [] for name, _, _ in self._rewards})
         parts: dict[str, list[float | None]] = {}
         totals = [0.0] * len(samples)
         applied = [False] * len(samples)
@@ -81,8 +80,9 @@ class RewardMix:
 
 
 def build_rewards(config: JudgeConfig, device: str = "cpu") -> RewardMix:
-    """The mix that ``config.rewards`` describes. Raises UserError for a spec that means nothing or
-    does not load.
+    """The mix that ``config.rewards`` describes.
+
+    Raises UserError for a spec that means nothing or does not load.
     """
     rewards: list[tuple[str, float, Reward | None]] = []
     names: dict[str, int] = {}

@@ -15,8 +15,7 @@ TOKENS_PER_PASS = 4096
 
 
 class ModelReward:
-    """Scores the text of prompt + answer (+ the model's own end token when the answer finished) at
-    its last token.
+    """Scores prompt + answer at the last token: the model's end token, if the answer finished.
 
     The model reads text with its own tokenizer, which need not be the policy's. Raises UserError
     for a directory without a trained score head.

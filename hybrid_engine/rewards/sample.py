@@ -14,9 +14,10 @@ EXCERPT = 60  # characters of a prompt shown in an error
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and one answer. ``finished`` is false when the answer was cut at the token limit;
-    ``extra`` holds the
-    data row's other columns.
+    """One prompt and one answer.
+
+    ``finished`` is false when the answer was cut at the token limit; ``extra`` holds the data row's
+    other columns.
     """
 
     prompt: str
@@ -36,8 +37,9 @@ class Reward(Protocol):
 
 
 def checked_scores(scores: Any, samples: Sequence[Sample], source: str) -> list[float | None]:
-    """The scores as finite floats or None, one a sample. Raises UserError naming ``source``, the
-    sample and its prompt.
+    """The scores as finite floats or None, one a sample.
+
+    Raises UserError naming ``source``, the sample and its prompt.
     """
     if hasattr(scores, "tolist"):  # an array or tensor
         scores = scores.tolist()

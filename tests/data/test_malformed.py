@@ -195,7 +195,7 @@ def test_columns_that_training_cannot_use(tmp_path):
 def test_a_mapping_mistake_does_not_pass_unseen(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [{"question": "q", "answer": "a"}])
     with pytest.raises(
-        UserError, match=r"no source has a column 'questoin' \(found answer, question\)"
+        UserError, match=r"no source has a column 'questoin' in its first row \(found answer, quest"
     ):
         load([path], columns=("questoin=prompt",))
     with pytest.raises(

@@ -50,6 +50,15 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     assert [source.read(row) for row in (2, 0, 1)] == [ROWS[2], ROWS[0], ROWS[1]]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "saved"])
+def test_conversations_survive_every_format_that_can_hold_them(tmp_path, name):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"messages": turns}, {"messages": turns[:1]}]
+    source = open_source(write(tmp_path / name, rows))
+    assert [row for _, row in source.scan()] == rows
+    assert source.read(1) == rows[1]
+
+
 @pytest.mark.parametrize(
     ("name", "places"),
     [

@@ -53,7 +53,12 @@ def test_the_total_is_the_weighted_sum():
     scores = combined(SAMPLES, [10.0, 20.0])
     assert scores.total == [2.0 * 10 - 0.5 * 1, 2.0 * 20 + 3]
     assert scores.parts == {"model": [10.0, 20.0], "a": [1.0, None], "b": [None, 3.0]}
-    assert scores.means() == {"model": 15.0, "a": 1.0, "b": 3.0}
+
+
+def test_an_empty_share_of_a_batch_asks_nobody():
+    combined = RewardMix([("model", 1.0, None), ("a", 1.0, Fixed("a", [1.0]))])
+    scores = combined([], [])
+    assert (scores.total, scores.parts) == ([], {"model": [], "a": []})
 
 
 def test_a_sample_that_no_reward_applies_to_is_an_error():
