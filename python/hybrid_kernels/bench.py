@@ -1,0 +1,99 @@
+"""Benchmarks that state work, not only time.
+
+A case declares the bytes it moves and the operations it does; the result holds GB/s and GFLOP/s,
+and each as a fraction of what this machine reached in the same run. The rates are in
+pytest-benchmark's ``extra_info``, hence in its JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """What plain large operations reach here with torch's current threads."""
+
+    read_gb_per_s: float
+    gflop_per_s: float
+
+
+def bench(
+    benchmark: Any,
+    fn: Callable[[], Any],
+    *,
+    bytes: int = 0,
+    flops: int = 0,
+    device: str = "cpu",
+    rounds: int = 30,
+) -> None:
+    """Times ``fn`` with pytest-benchmark and stores its rates.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        fn: the call to time, without arguments.
+        bytes: what it must read and write at least.
+        flops: its floating-point operations.
+        device: where it runs; a call on an accelerator is waited for.
+        rounds: single calls to time; rates are computed from the median.
+    """
+    run = _synchronised(fn, device)
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=3)
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info.update(rates(seconds, bytes, flops, machine_limits(device)))
+
+
+def rates(seconds: float, bytes: int, flops: int, limits: MachineLimits) -> dict[str, float]:
+    """GB/s and GFLOP/s of the work done in ``seconds``, and their fractions of the limits."""
+    info: dict[str, float] = {}
+    if bytes:
+        info["gb_per_s"] = bytes / seconds / 1e9
+        info["fraction_of_read"] = info["gb_per_s"] / limits.read_gb_per_s
+    if flops:
+        info["gflop_per_s"] = flops / seconds / 1e9
+        info["fraction_of_sgemm"] = info["gflop_per_s"] / limits.gflop_per_s
+    return {name: round(value, 4) for name, value in info.items()}
+
+
+@functools.cache
+def machine_limits(device: str = "cpu") -> MachineLimits:
+    """Measures the limits once a process: reading 512 MiB, and a float32 product of size 2048."""
+    stream = torch.ones(1 << 27, device=device)
+    size = 2048
+    a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty_like(a)
+    read = _best_seconds(_synchronised(stream.sum, device))
+    product = _best_seconds(_synchronised(lambda: torch.mm(a, b, out=out), device))
+    return MachineLimits(
+        read_gb_per_s=stream.numel() * stream.element_size() / read / 1e9,
+        gflop_per_s=2 * size**3 / product / 1e9,
+    )
+
+
+def _best_seconds(run: Callable[[], Any], rounds: int = 5) -> float:
+    run()
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _synchronised(fn: Callable[[], Any], device: str) -> Callable[[], Any]:
+    if device == "cpu":
+        return fn
+
+    def run() -> None:
+        fn()
+        torch.accelerator.synchronize()
+
+    return run
