@@ -56,13 +56,15 @@ def passes(
 ) -> Iterator[Pass]:
     """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one pass.
 
-    Under ZeRO-3 every forward is a collective, so ranks with less work run idle passes at the end.
+    Under ZeRO-2 every backward and under ZeRO-3 every forward is a collective, so ranks with less work run idle
+    passes at the end; how many is agreed on before the first, when no rank is inside a pass.
     """
     lengths = [sum(map(len, sequences[i : i + group])) for i in range(0, len(sequences), group)]
     plan = plan_passes(lengths, max_tokens)
+    most = int(all_reduce_max(len(plan)))
     for groups in plan:
         yield pack_pass(sequences, prompt_lengths, [g * group + i for g in groups for i in range(group)])
-    for _ in range(int(all_reduce_max(len(plan))) - len(plan)):
+    for _ in range(most - len(plan)):
         yield idle_pass()
 
 
