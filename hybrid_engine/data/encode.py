@@ -94,9 +94,8 @@ class Encoder:
             return as_user(prompt), None if answer is None else as_assistant(answer)
         if self.style == "never" and isinstance(prompt, list):
             opening = plain(prompt) + ("\n\n" if prompt else "") + OPEN
-            return opening, None if answer is None else plain(as_assistant(answer)).removeprefix(
-                OPEN
-            )
+            reply = None if answer is None else plain(as_assistant(answer)).removeprefix(OPEN)
+            return opening, reply
         return prompt, answer
 
     def _render(self, messages: Messages, generate: bool) -> str:

@@ -54,23 +54,31 @@ def build_once(target: Path) -> Iterator[Path | None]:
     """Yield a temporary path to build ``target`` at, or None when it is there already.
 
     The finished path is renamed into place, so ``target`` is complete whenever it exists; a file
-    lock makes other processes wait for the one that builds. Nothing is left after a failure.
+    lock makes other processes wait for the one that builds. Nothing is left after a failure, and
+    what a killed process left is removed by the next one.
     """
+    directory = target.with_name(f".{target.name}.build")
+    lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-")
+        lock.acquire()
     except OSError as error:
         raise UserError(
             f"cannot write to the cache {target.parent} ({error.strerror}); set XDG_CACHE_HOME "
             "to a writable directory"
         ) from None
-    with work as directory, FileLock(target.with_name(f".{target.name}.lock")):
+    try:
         if target.exists():
             yield None
             return
-        partial = Path(directory) / target.name
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+        partial = directory / target.name
         yield partial
         partial.rename(target)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        lock.release()
 
 
 def fetch(pinned: PinnedFile, destination: Path, say: Say) -> None:

@@ -93,7 +93,10 @@ def test_one_of_many_builds_and_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert not target.exists()
-    assert not list(target.parent.glob(".build-*"))
+    assert [path.suffix for path in target.parent.iterdir()] == [".lock"]
+    leftover = target.parent / ".target.build" / "target"  # of a process that was killed
+    leftover.parent.mkdir()
+    leftover.write_text("half")
 
     builds = []
 
