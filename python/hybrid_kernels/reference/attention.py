@@ -61,7 +61,7 @@ def _attend(
     if window > 0:
         visible = visible & (key > query - window)
     scores = scores.masked_fill(~visible, float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(v.dtype), v)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
     def rotate(x: Tensor) -> Tensor:
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return torch.cat((turned.to(x.dtype), rest), dim=-1)  # the tables stay fp32
 
     return rotate(q), rotate(k)
 
