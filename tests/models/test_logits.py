@@ -15,6 +15,7 @@ from .peers import (
     LAYOUTS,
     ONE_OF_EACH_FAMILY,
     padded,
+    peer_logits,
     ragged,
     save_causal,
     worst_logit_gap,
@@ -68,6 +69,21 @@ def test_scores_are_the_log_softmax_of_transformers_logits(layout: str, tmp_path
     torch.testing.assert_close(
         scores.entropies.double(), torch.cat(exact_entropies), rtol=0, atol=LOGIT_TOLERANCE
     )
+
+
+@pytest.mark.filterwarnings("ignore:hybrid_kernels")
+@pytest.mark.parametrize("layout", ONE_OF_EACH_FAMILY)
+def test_bfloat16_is_as_accurate_as_transformers(layout: str, tmp_path: Path) -> None:
+    """Measured from fp64; both round to bfloat16 after every operator, at partly other places."""
+    peer = save_causal(layout, tmp_path)
+    batch = pack(ragged())
+    with torch.no_grad():
+        theirs = torch.cat(peer_logits(peer.bfloat16(), ragged(), "right")).double()
+        # the same rounded weights, computed exactly
+        exact = torch.cat(peer_logits(peer.double(), ragged(), "right"))
+        ours = load_causal_lm(tmp_path, "bfloat16").logits(batch)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).norm() <= 2 * (theirs - exact).norm()
 
 
 def _next_token_loss_gradients(
