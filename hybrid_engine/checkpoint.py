@@ -48,15 +48,13 @@ class RunState:
 
     Attributes:
         stage: "sft", "reward" or "rlhf".
-        iteration: optimizer steps (rollouts for rlhf) done in the stage.
-        data_position: rows of the stage's data consumed, over all ranks.
+        iteration: optimizer steps (rollouts for rlhf) done in the stage; its data follow from it.
         metrics_lines: lines of metrics.jsonl written; resuming cuts the file back to them.
         components: JSON-able state by name: KL controller, running moments, whatever else a stage has.
     """
 
     stage: str
     iteration: int
-    data_position: int = 0
     metrics_lines: int = 0
     components: dict[str, Any] = field(default_factory=dict)
 
@@ -92,6 +90,12 @@ class Checkpoints:
             if is_main():
                 (partial / "state.json").write_text(json.dumps(asdict(state)))
         return self.directory / name
+
+    def clear(self) -> None:
+        """Forget everything: a new run must not be resumed from an older one's state."""
+        if is_main():
+            shutil.rmtree(self.directory, ignore_errors=True)
+        barrier("clear checkpoints")
 
     def latest(self) -> Path | None:
         """The newest whole checkpoint, or None."""
