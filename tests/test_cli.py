@@ -1,5 +1,6 @@
 """The command line and YAML: precedence, refusals with advice, round trips, help."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -351,6 +352,14 @@ def test_help_of_one_section():
 
 def test_help_fits_a_narrow_terminal():
     assert max(map(len, help_text("sft", width=80).splitlines())) <= 80
+
+
+def test_readme_names_only_flags_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## Steps and flags")[1].split("\n## ")[0]
+    flags = set(re.findall(r"--[a-z][a-z.-]*[a-z]", section))
+    assert len(flags) > 10
+    assert flags <= {*option_names(), "--config", "--help"}
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:

@@ -214,8 +214,7 @@ class Reporter:
         return self._metrics.lines if self.main else 0
 
     def truncate(self, lines: int) -> None:
-        """Drops what follows the first `lines` lines: the checkpoint being resumed knows no more.
-        """
+        """Keeps the first `lines` lines: the checkpoint being resumed knows no more."""
         if self.main:
             if lines > self.lines:
                 self.warn(

@@ -62,7 +62,7 @@ def single(name: str, value: Any, error: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if "seconds" in name and is_number(value):
-        return duration(value)
+        return f"{value:.1f} s" if value < 60 else duration(value)
     return number(value) + (f" ± {error:.2g}" if is_number(error) else "")
 
 

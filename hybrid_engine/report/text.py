@@ -61,14 +61,14 @@ def _finite(value: Any, path: str, lost: list[str]) -> Any:
 
 
 def number(value: Any) -> str:
-    """A value in few characters: 0.001234 -> '0.001234', 1234.56 -> '1235', None -> '-'."""
+    """A value in at most nine characters: 0.12345 -> '0.1235', -0.00012345 -> '-1.23e-04'."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return one_line(str(value))
     if isinstance(value, int) or not math.isfinite(value) or 1000 <= abs(value) < 1e7:
         return f"{value:.0f}"
-    return f"{value:.4g}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 or abs(value) >= 1e7 else f"{value:.4g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -90,7 +90,7 @@ class StageView:
         """One iteration in one aligned line, for files and pipes."""
         width = len(str(self.total))
         parts = [f"{self.name:<6} {iteration:>{width}}/{self.total}"]
-        parts += [f"{label} {number(value):>8}" for label, value in headlines(values).items()]
+        parts += [f"{label} {number(value):>9}" for label, value in headlines(values).items()]
         return "  ".join([*parts, f"left {duration(self.seconds_left()):>7}"])
 
     def phase_line(self) -> str:

@@ -51,7 +51,7 @@ def test_plain_lines(tmp_path, capsys):
     assert len(lines) == 13
     assert lines[-1] == "done"
     assert re.match(
-        r"rlhf    1/12  reward   0\.1429  kl      0\.5  lr    1e-05  gen tok/s +\d+", lines[0]
+        r"rlhf    1/12  reward    0\.1429  kl       0\.5  lr  1\.00e-05  gen tok/s +\d+", lines[0]
     )
     assert len({line.index("kl") for line in lines[:12]}) == 1  # aligned
     assert log_lines(tmp_path) == lines  # nothing shown is missing from run.log
@@ -305,7 +305,7 @@ def test_time_left_counts_this_process_only():
 
 
 def test_lines_without_any_headline_show_something():
-    assert "custom      1.5" in StageView("sft", 10, 0, PhaseClock()).line(3, {"custom": 1.5})
+    assert "custom       1.5" in StageView("sft", 10, 0, PhaseClock()).line(3, {"custom": 1.5})
 
 
 def test_summary_pairs_before_and_after():
@@ -324,7 +324,7 @@ def test_summary_pairs_before_and_after():
         "lonely_se": 2,
         "done": True,
         "seconds": 75.2,
-        "phase_seconds": {"train": 3661},
+        "phase_seconds": {"train": 3661, "score": 0.52},
         "nonfinite": ["loss_before"],
     }
     assert list(rows(values)) == [
@@ -337,6 +337,7 @@ def test_summary_pairs_before_and_after():
         ("lonely_se", "", "2", ""),
         ("seconds", "", "1:15", ""),
         ("phase_seconds.train", "", "1:01:01", ""),
+        ("phase_seconds.score", "", "0.5 s", ""),
         ("nonfinite", "", "loss_before", ""),
     ]
 
@@ -359,8 +360,9 @@ def test_empty_summary():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, "-"), (3, "3"), (123456, "123456"), (0.00123456, "0.001235"), (1234.5678, "1235"),
-     (1e-5, "1e-05"), (2.5e9, "2.5e+09"), (True, "True"), ("a\nb", "a b"), (float("inf"), "inf")],
+    [(None, "-"), (3, "3"), (123456, "123456"), (-0.00123456, "-0.001235"), (1234.5678, "1235"),
+     (-1.2345e-5, "-1.23e-05"),
+     (0.0, "0"), (2.5e9, "2.50e+09"), (True, "True"), ("a\nb", "a b"), (float("inf"), "inf")],
 )  # fmt: skip
 def test_number(value, text):
     assert number(value) == text
