@@ -1,4 +1,4 @@
-"""Cases of the attention family: a shape's rows are tokens; its columns give the head size and the keys."""
+"""Cases of the attention family: rows are tokens; columns give the head size and more tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _packed_variant(alibi: bool, window: int):
 
 
 def _paged(shape: Shape, rng: torch.Generator) -> Args:
-    """Sequences of cols and rows + 64 tokens, of which the last one, and all rows of the second, are new."""
+    """Sequences of cols and rows + 64 tokens; the last 1 and rows of them are new."""
     lengths, new = [shape.cols, shape.rows + 64], [1, shape.rows]
     dim, max_blocks = 24, max(-(-length // 64) for length in lengths)
     tables = torch.randperm(2 * max_blocks + 1, generator=rng)[: 2 * max_blocks].view(2, -1).int()
@@ -73,8 +73,8 @@ def _spoil(position: int, change):
     return lambda *args: (*args[:position], change(args[position]), *args[position + 1 :])
 
 
-# The exact gradient of some elements is far below the errors of the sums around it, in plain torch as here;
-# what is compared is the largest error over a whole tensor, and sums in another order differ by a few times.
+# Sums of up to a hundred terms run in order here and in vector lanes in plain torch: a few times
+# the error, of which the largest over a whole tensor is compared.
 FACTOR = 4.0
 
 CASES = [
@@ -88,12 +88,32 @@ CASES = [
         shapes=SHAPES,
         factor=FACTOR,
         bad_inputs=(
-            BadInput("head-size", _spoil(1, lambda k: k[..., 1:]), r"^attention: k has shape \[126, 2, 79\]; expected \[T, KH, D\]"),
-            BadInput("heads", _spoil(0, lambda q: q[:, 1:]), r"^attention: 5 query heads over 2 key/value heads; expected a multiple"),
-            BadInput("offsets-short", _spoil(3, lambda c: c[:-1]), "cu_seqlens must run from 0 to the number of rows, 126"),
-            BadInput("offsets-fall", _spoil(3, lambda c: c[[0, 3, 1, 3]]), "cu_seqlens falls from 126 to 123 at entry 2"),
+            BadInput(
+                "head-size",
+                _spoil(1, lambda k: k[..., 1:]),
+                r"^attention: k has shape \[126, 2, 79\]; expected \[T, KH, D\]",
+            ),
+            BadInput(
+                "heads",
+                _spoil(0, lambda q: q[:, 1:]),
+                r"^attention: 5 query heads over 2 key/value heads; expected a multiple",
+            ),
+            BadInput(
+                "offsets-short",
+                _spoil(3, lambda c: c[:-1]),
+                "cu_seqlens must run from 0 to the number of rows, 126",
+            ),
+            BadInput(
+                "offsets-fall",
+                _spoil(3, lambda c: c[[0, 3, 1, 3]]),
+                "cu_seqlens falls from 126 to 123 at entry 2",
+            ),
             BadInput("offsets-int64", _spoil(3, lambda c: c.long()), "cu_seqlens"),
-            BadInput("window", _spoil(6, lambda w: -1), "window is -1; expected a number of keys, or 0 for all"),
+            BadInput(
+                "window",
+                _spoil(6, lambda w: -1),
+                "window is -1; expected a number of keys, or 0 for all",
+            ),
         ),
     ),
     OpCase(
@@ -123,9 +143,19 @@ CASES = [
         shapes=SHAPES,
         factor=FACTOR,
         bad_inputs=(
-            BadInput("block", _spoil(2, lambda t: t + 5), r"block_tables\[0, \d\] is \d+; the cache has 5 blocks"),
-            BadInput("length", _spoil(3, lambda n: n * 0), "sequence 0 has 1 query rows and kv_length 0"),
-            BadInput("cache", _spoil(1, lambda c: c[:, :, :, :32]), r"cache has shape \[5, 2, 2, 32, 24\]"),
+            BadInput(
+                "block",
+                _spoil(2, lambda t: t + 5),
+                r"block_tables\[0, \d\] is \d+; the cache has 5 blocks",
+            ),
+            BadInput(
+                "length", _spoil(3, lambda n: n * 0), "sequence 0 has 1 query rows and kv_length 0"
+            ),
+            BadInput(
+                "cache",
+                _spoil(1, lambda c: c[:, :, :, :32]),
+                r"cache has shape \[5, 2, 2, 32, 24\]",
+            ),
         ),
     ),
     OpCase(
@@ -137,8 +167,16 @@ CASES = [
         differentiable=(0, 1),
         shapes=SHAPES,
         bad_inputs=(
-            BadInput("position", _spoil(4, lambda p: p + 100), r"positions\[0\] is 1\d\d; cos holds positions 0 to 99"),
-            BadInput("too-wide", lambda q, k, c, s, p: (q[..., :2], k[..., :2], c, s, p), "which rotate 62 elements"),
+            BadInput(
+                "position",
+                _spoil(4, lambda p: p + 100),
+                r"positions\[0\] is 1\d\d; cos holds positions 0 to 99",
+            ),
+            BadInput(
+                "too-wide",
+                lambda q, k, c, s, p: (q[..., :2], k[..., :2], c, s, p),
+                "which rotate 62 elements",
+            ),
         ),
     ),
     OpCase(
@@ -149,7 +187,9 @@ CASES = [
         operators={"kv_append": lambda *args: args},
         shapes=SHAPES,
         bad_inputs=(
-            BadInput("slot", _spoil(3, lambda s: s - 192), r"slots\[0\] is -\d+; the cache has 192 slots"),
+            BadInput(
+                "slot", _spoil(3, lambda s: s - 192), r"slots\[0\] is -\d+; the cache has 192 slots"
+            ),
             BadInput("cache-strided", _spoil(2, lambda c: c.transpose(0, 1)), "cache"),
         ),
     ),

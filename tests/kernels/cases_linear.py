@@ -23,7 +23,9 @@ def _low_rank(shape: Shape, rng: torch.Generator) -> Args:
 
 
 def _product(shape: Shape, rng: torch.Generator) -> Args:
-    return shape.randn(rng, shape.rows, OUT).T, shape.randn(rng, shape.rows, shape.cols)  # as for a weight's gradient
+    return shape.randn(rng, shape.rows, OUT).T, shape.randn(
+        rng, shape.rows, shape.cols
+    )  # as for a weight's gradient
 
 
 def _full(*args):
@@ -35,9 +37,9 @@ def _spoil(position: int, value):
     return lambda *args: (*args[:position], value, *args[position + 1 :])
 
 
-# A chain of K additions in order is what the library promises; its rounding errors grow with sqrt(K) as a
-# random walk, where the blocked sums of torch's GEMM grow with the square root of a block. Up to K = 256 they
-# are alike; at the long row (K = 50021 against blocks of a few hundred) the ratio may reach 12.
+# A chain of K additions in order is what the library promises; its rounding errors grow with
+# sqrt(K) as a random walk, those of the blocked sums of torch's GEMM with the root of a block. Up to
+# K = 256 they are alike; at the long row (K = 50021, blocks of a few hundred) the ratio may reach 12.
 MODERATE = ("one", "odd", "tile-1", "tile", "tile+1", "empty", "non-contiguous")
 
 CASES = [
@@ -56,8 +58,14 @@ CASES = [
                 _spoil(1, torch.ones(OUT, 122)),
                 r"^linear: weight has shape \[37, 122\]; expected \[N, K\] with K=123 \(from x\)",
             ),
-            BadInput("bias-too-short", _spoil(2, torch.ones(36)), r"^linear: bias has shape \[36\]; expected \[N\]"),
-            BadInput("only-lora-a", lambda *args: (*args, torch.ones(5, 123)), "expected both or none"),
+            BadInput(
+                "bias-too-short",
+                _spoil(2, torch.ones(36)),
+                r"^linear: bias has shape \[36\]; expected \[N\]",
+            ),
+            BadInput(
+                "only-lora-a", lambda *args: (*args, torch.ones(5, 123)), "expected both or none"
+            ),
         ),
     ),
     OpCase(
@@ -78,8 +86,16 @@ CASES = [
         shapes=MODERATE,
         factor=3.0,
         bad_inputs=(
-            BadInput("splits", _spoil(6, [20, 9]), r"^linear: lora_splits \[20, 9\] sum to 29; expected N=37"),
-            BadInput("lora-a", _spoil(3, torch.ones(10, 123)), r"lora_a has shape \[10, 123\]; expected \[S\*R, K\]"),
+            BadInput(
+                "splits",
+                _spoil(6, [20, 9]),
+                r"^linear: lora_splits \[20, 9\] sum to 29; expected N=37",
+            ),
+            BadInput(
+                "lora-a",
+                _spoil(3, torch.ones(10, 123)),
+                r"lora_a has shape \[10, 123\]; expected \[S\*R, K\]",
+            ),
         ),
     ),
     OpCase(
@@ -90,7 +106,11 @@ CASES = [
         operators={"matmul": lambda *args: args},
         factor=3.0,
         bad_inputs=(
-            BadInput("inner", _spoil(1, torch.ones(4, 2)), r"^matmul: b has shape \[4, 2\]; expected \[K, N\] with K=3"),
+            BadInput(
+                "inner",
+                _spoil(1, torch.ones(4, 2)),
+                r"^matmul: b has shape \[4, 2\]; expected \[K, N\] with K=3",
+            ),
         ),
     ),
 ]

@@ -12,10 +12,11 @@ from hybrid_kernels import ops
 
 
 class Linear(nn.Module):
-    """``ops.linear`` with parameters ``weight [N, K]``, ``bias [N]``, ``lora_a [S * r, K]``, ``lora_b [N, r]``.
+    """``ops.linear`` with its parameters.
 
-    A fused projection (q|k|v, gate|up) keeps one (A, B) pair for each of its S parts, as separate layers
-    would. Absent parameters are None.
+    ``weight [N, K]``, ``bias [N]``, ``lora_a [S * r, K]``, ``lora_b [N, r]``; absent ones are None.
+    A fused projection (q|k|v, gate|up) keeps one (A, B) pair for each of its S parts, as separate
+    layers would.
 
     Args:
         in_features: K.
@@ -45,8 +46,12 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.splits = tuple(splits) if splits is not None else (out_features,)
         if sum(self.splits) != out_features:
-            raise ValueError(f"Linear: splits {self.splits} sum to {sum(self.splits)}; expected {out_features}")
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+            raise ValueError(
+                f"Linear: splits {self.splits} sum to {sum(self.splits)}; expected {out_features}"
+            )
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype)
+        )
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -67,7 +72,7 @@ class Linear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def add_lora(self, rank: int, alpha: float) -> None:
-        """Adds an adapter that changes nothing yet: A is kaiming uniform (a = sqrt 5), B is zero."""
+        """Adds an adapter that changes nothing yet: A kaiming uniform (a = sqrt 5), B zero."""
         if rank < 1:
             raise ValueError(f"Linear: lora_rank is {rank}; expected at least 1")
         self.lora_scale = alpha / rank

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences and over a paged cache, rotary embedding, cache append.
 
-Training, prefill and decode share one tile size and one order of sums, so a token's output has the same
-bits in all of them.
+Training, prefill and decode share one tile size and one order of sums, so a token's output has the
+same bits in all of them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_kernels import reference
 from hybrid_kernels.ops._dispatch import register, use_native
-from hybrid_kernels.reference import attention as reference
 
 
 def attention(
@@ -28,7 +28,7 @@ def attention(
 
     Args:
         q: ``[T, H, D]`` float32; rows may be strided, as a view of a fused q|k|v.
-        k: ``[T, KH, D]`` float32, H a multiple of KH; query head h reads key head ``h // (H / KH)``.
+        k: ``[T, KH, D]`` float32, H a multiple of KH; query head h reads head ``h // (H / KH)``.
         v: like ``k``.
         cu_seqlens: ``[B + 1]`` int32, the sequences' first rows and T.
         scale: of the scores.
@@ -36,7 +36,8 @@ def attention(
         window: keys a query sees, itself included; 0 means all before it.
 
     Returns:
-        ``[T, H, D]`` float32, contiguous. The backward recomputes the probabilities from the log-sum-exp.
+        ``[T, H, D]`` float32, contiguous. The backward recomputes the probabilities from the
+        log-sum-exp.
 
     Raises:
         ValueError: shapes that do not fit, or ``cu_seqlens`` that do not cover the rows.
@@ -85,10 +86,13 @@ def paged_attention(
     return out
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al., 2021), half-split as in transformers.
 
-    Element i < rotary / 2 of each head turns with element i + rotary / 2; elements from rotary on stay.
+    Element i < rotary / 2 of each head turns with element i + rotary / 2; the rest, from rotary on,
+    stays.
 
     Args:
         q: ``[T, H, D]`` float32.
@@ -98,8 +102,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
         positions: ``[T]`` int32 in [0, P).
 
     Returns:
-        Rotated ``(q, k)`` in fresh storage. The backward turns gradients by the opposite angle; ``cos``
-        and ``sin`` get none.
+        Rotated ``(q, k)`` in fresh storage. The backward turns gradients by the opposite angle;
+        ``cos`` and ``sin`` get none.
 
     Raises:
         ValueError: shapes that do not fit, or a position outside the tables.
@@ -159,12 +163,14 @@ def _rope_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | N
     return *grads, None, None, None
 
 
-register(
-    "attention", _fake_attention, setup_context=_attention_setup, backward=_attention_backward
-)
+register("attention", _fake_attention, setup_context=_attention_setup, backward=_attention_backward)
 register(
     "attention_backward",
-    lambda grad_out, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    lambda grad_out, q, k, v, *_: (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+    ),
 )
 register("paged_attention", _fake_attention)
 register(

@@ -1,4 +1,7 @@
-"""The linear layer, with an optional low-rank term (LoRA: Hu et al., 2021) for each block of its outputs."""
+"""The linear layer, with an optional low-rank term for each block of its outputs.
+
+LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_kernels import reference
 from hybrid_kernels.ops._dispatch import register, use_native
-from hybrid_kernels.reference import linear as reference
 
 
 def linear(
@@ -23,8 +26,8 @@ def linear(
 ) -> Tensor:
     """Linear layer: ``y = x W^T + b``, plus ``scale * (x A_s^T) B_s^T`` on output split s.
 
-    Each output element is one chain of multiply-adds over K in order, whatever the batch: a row of ``x``
-    gives the same bits alone, in any batch, at any place and with any number of threads.
+    Each output element is one chain of multiply-adds over K in order, whatever the batch: a row of
+    ``x`` gives the same bits alone, in any batch, at any place and with any number of threads.
 
     Args:
         x: ``[..., K]`` float32.
@@ -51,7 +54,7 @@ def linear(
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, each element one chain of multiply-adds in order: what `linear`'s gradients are made of.
+    """``a b``, each element one chain of multiply-adds in order: what `linear`'s gradients use.
 
     Args:
         a: ``[M, K]`` float32, any strides (a transposed view costs no copy).

@@ -36,12 +36,14 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     window: int = 0,
 ) -> Tensor:
-    """The same for queries that are the last of sequences whose keys and values lie in a paged cache."""
+    """The same for the last queries of sequences whose keys and values lie in a paged cache."""
     bounds = cu_q.tolist()
     outs = []
     for i, length in enumerate(kv_lengths.tolist()):
         blocks = block_tables[i, : -(-length // KV_BLOCK)].long()
-        k, v = cache[blocks].permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :length]  # [length, KH, D] each
+        k, v = (
+            cache[blocks].permute(2, 0, 3, 1, 4).flatten(1, 2)[:, :length]
+        )  # [length, KH, D] each
         outs.append(_attend(q[bounds[i] : bounds[i + 1]], k, v, scale, alibi_slopes, window))
     return torch.cat(outs) if outs else q.clone()
 
@@ -49,7 +51,7 @@ def paged_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, alibi_slopes: Tensor | None, window: int
 ) -> Tensor:
-    """``q [Q, H, D]`` against ``k, v [S, KH, D]``; the queries are the last Q of the S positions."""
+    """``q [Q, H, D]`` against ``k, v [S, KH, D]``; the queries are the last of the S positions."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -64,7 +66,9 @@ def _attend(
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1).to(v.dtype), v)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rotates element i of each head with element i + rotary / 2, for i < rotary / 2."""
     cos, sin = cos[positions.long()][:, None], sin[positions.long()][:, None]
     half = cos.shape[-1]
