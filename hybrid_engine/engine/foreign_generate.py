@@ -7,7 +7,8 @@ collected here: the caller gets them from the training forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def foreign_generate(
 ) -> dict[str, Any]:
     """Tokens, finish reasons and kept mass, one entry a sample; batches of at most ``max_batch``.
 
-    ``on_token`` gets a lone sample's tokens as they are drawn, those of several when their batch is done:
-    transformers streams single sequences only.
+    ``on_token`` gets a lone sample's tokens as they are drawn, those of several when their batch is
+    done: transformers streams single sequences only.
     """
     rows = [prompt for prompt in prompts for _ in range(params.n)]
     result: dict[str, list[Any]] = {"tokens": [], "kept_mass": [], "finish_reasons": []}
@@ -57,9 +58,10 @@ def foreign_generate(
             torch.manual_seed((params.seed * 1_000_003 + sample_ids[start]) % 2**63)
             streamer = _Streamer(on_token) if on_token is not None and len(rows) == 1 else None
             _generate_batch(model, rows[start : start + max_batch], params, stop_tokens, result, streamer)
-            for sample in range(start, len(result["tokens"])) if on_token and streamer is None else ():
-                for token in result["tokens"][sample]:
-                    on_token(sample, token)
+            if on_token is not None and streamer is None:
+                for sample in range(start, len(result["tokens"])):
+                    for token in result["tokens"][sample]:
+                        on_token(sample, token)
             if on_progress is not None:
                 on_progress(len(result["tokens"]), len(rows), sum(map(len, result["tokens"])))
     return {**result, "counters": {}}
@@ -76,9 +78,13 @@ def _generate_batch(
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    output = model.hf_model.generate(
-        input_ids=ids, attention_mask=mask, streamer=streamer, **_options(model, longest, params, stop_tokens)
-    )
+    with _plain_defaults(model.hf_model):
+        output = model.hf_model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            streamer=streamer,
+            **_options(model, longest, params, stop_tokens),
+        )
     mass = _kept_mass(output, params)
     for i, response in enumerate(output.sequences[:, longest:].tolist()):
         ends = [place for place, token in enumerate(response) if token in stop_tokens]
@@ -86,6 +92,19 @@ def _generate_batch(
         result["tokens"].append(response[:length])
         result["kept_mass"].append(mass[i, :length].tolist())
         result["finish_reasons"].append("stop" if ends else "length")
+
+
+@contextmanager
+def _plain_defaults(hf_model: Any) -> Iterator[None]:
+    """Without the model's own generation config: a repetition penalty in it would change what is sampled
+    and not what is scored."""
+    from transformers import GenerationConfig
+
+    own, hf_model.generation_config = hf_model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        hf_model.generation_config = own
 
 
 def _options(
@@ -99,7 +118,7 @@ def _options(
         "pad_token_id": stop_tokens[0] if stop_tokens else 0,
         "return_dict_in_generate": True,
     }
-    if not params.greedy:  # explicit values, or the model's own generation config would decide
+    if not params.greedy:
         options |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         if params.truncated:
             options |= {"output_scores": True, "output_logits": True}

@@ -1,0 +1,108 @@
+"""What generation captured against what the training forward recomputes, and against other generators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_engine.engine import HybridEngine, SamplingParams
+from hybrid_engine.engine.reference_generate import reference_generate
+from hybrid_engine.engine.rollout import Rollout
+from hybrid_engine.models import CausalLM
+from tests.engine.rollouts import random_prompts, run
+
+PROMPTS = random_prompts(8)
+STOPS = tuple(range(0, 260, 25))
+
+
+def flat(values: list[list[float]] | list[Tensor]) -> Tensor:
+    return torch.cat([torch.as_tensor(row) for row in values])
+
+
+def rescored(model: CausalLM, rollout: Rollout, temperature: float, score_tokens: int = 200) -> Tensor:
+    """The training forward's log-probabilities, in passes unlike those of generation."""
+    engine = HybridEngine(model, None, score_tokens=score_tokens)
+    return flat(engine.token_logprobs(rollout.sequences, rollout.prompt_lengths, temperature))
+
+
+@pytest.mark.parametrize("max_batch", [1, 16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_captured_logprobs_are_those_of_training(model: CausalLM, max_batch: int, temperature: float) -> None:
+    params = SamplingParams(n=2, max_new_tokens=40, temperature=temperature)
+    rollout = run(model, PROMPTS, params, STOPS, max_batch=max_batch, max_prefill_rows=50)
+    assert torch.equal(flat(rollout.logprobs), rescored(model, rollout, temperature))
+
+
+def test_captured_logprobs_with_adapters(lora_model: CausalLM) -> None:
+    rollout = run(lora_model, PROMPTS, SamplingParams(max_new_tokens=40), STOPS)
+    again = rescored(lora_model, rollout, 1.0)
+    assert torch.equal(flat(rollout.logprobs), again)
+    for name, parameter in lora_model.named_parameters():
+        if name.endswith("lora_b"):
+            parameter.data.zero_()
+    assert (rescored(lora_model, rollout, 1.0) - again).abs().max() > 1e-3  # the adapters did something
+
+
+def test_greedy_logprobs_are_at_temperature_one(llama: CausalLM) -> None:
+    rollout = run(llama, PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.0))
+    assert torch.equal(flat(rollout.logprobs), rescored(llama, rollout, 1.0))
+
+
+def test_entropies_are_those_of_training(llama: CausalLM) -> None:
+    rollout = run(llama, PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.8))
+    engine = HybridEngine(llama, None)
+    _, entropies = engine._score(rollout.sequences, rollout.prompt_lengths, 0.8)
+    assert torch.equal(flat(rollout.entropies), flat(entropies))
+
+
+@pytest.mark.parametrize("params", [
+    SamplingParams(max_new_tokens=25, temperature=0.0),
+    SamplingParams(n=2, max_new_tokens=25),
+    SamplingParams(max_new_tokens=25, temperature=0.7, top_k=30, top_p=0.9),
+], ids=["greedy", "plain", "truncated"])  # fmt: skip
+def test_same_tokens_as_recomputing_every_sequence(model: CausalLM, params: SamplingParams) -> None:
+    native = run(model, PROMPTS, params, STOPS, max_batch=5)
+    ids = list(range(len(PROMPTS) * params.n))
+    slow = Rollout(
+        prompts=PROMPTS, n=params.n, **reference_generate(model, PROMPTS, params, list(STOPS), ids, max_batch=3)
+    )
+    assert slow.tokens == native.tokens and slow.finish_reasons == native.finish_reasons
+    assert slow.logprobs == native.logprobs and slow.kept_mass == native.kept_mass
+
+
+def greedy_by_transformers(hf_model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    output = hf_model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=count,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return output[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_are_those_of_transformers(family: str, tiny_directories: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny_directories[family]
+    engine = HybridEngine.from_pretrained(directory)
+    hf_model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    params = SamplingParams(max_new_tokens=30, temperature=0.0, ignore_eos=True)
+    rollout = engine.generate(PROMPTS[:5], params)
+    expected = [greedy_by_transformers(hf_model, prompt, 30) for prompt in PROMPTS[:5]]
+    assert rollout.tokens == expected
+
+
+@pytest.mark.real_model
+def test_greedy_tokens_of_smollm2_are_those_of_transformers(smollm2: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    engine = HybridEngine.from_pretrained(smollm2)
+    texts = ["The film was", "Write one sentence about the sea.", "def add(a, b):"]
+    prompts = [engine.tokenizer(text)["input_ids"] for text in texts]
+    params = SamplingParams(max_new_tokens=64, temperature=0.0, ignore_eos=True)
+    hf_model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    rollout = engine.generate(prompts, params)
+    assert rollout.tokens == [greedy_by_transformers(hf_model, prompt, 64) for prompt in prompts]
+    again = flat(engine.token_logprobs(rollout.sequences, rollout.prompt_lengths))
+    assert torch.equal(flat(rollout.logprobs), again)
