@@ -19,6 +19,7 @@ from hybrid_engine.errors import UserError
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+_WEIGHTS = ["model.safetensors", "model-*.safetensors"]  # not the variants and copies beside them
 _ELSEWHERE = ["*/*"]  # other formats (onnx/, original/) live in folders of a hub repository
 
 
@@ -56,7 +57,7 @@ def _download(name: str) -> Path:
                 f"{name}: neither a local directory nor a model the hub would give us ({reason})"
             ) from error
 
-    directory = fetch([*_SIDE_FILES, "*.safetensors"])
+    directory = fetch([*_SIDE_FILES, *_WEIGHTS])
     if not weight_files(directory):
         directory = fetch([*_SIDE_FILES, "pytorch_model*.bin"])
     if not (directory / CONFIG).is_file():

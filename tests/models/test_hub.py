@@ -16,7 +16,14 @@ from hybrid_engine.models import load_causal_lm
 
 from .peers import ragged, save_causal, worst_logit_gap
 
-CLUTTER = ("pytorch_model.bin", "modeling_opt.py", "tf_model.h5", "onnx/model.safetensors")
+CLUTTER = (
+    "pytorch_model.bin",
+    "modeling_opt.py",
+    "tf_model.h5",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "onnx/model.safetensors",
+)
 
 
 class FakeHub:
