@@ -1,11 +1,12 @@
 """Resumable state, written so that a kill at any moment leaves a whole checkpoint behind.
 
-    OUTPUT/checkpoints/step-000120/{state.json, tensors-rank0.safetensors, rng-rank0.json, ENGINE/...}
-    OUTPUT/checkpoints/latest                 the name of the newest whole checkpoint
+    OUTPUT/checkpoints/STAGE/step-000120/{state.json, tensors-rank0.safetensors, rng-rank0.json,
+                                          ENGINE/...}
+    OUTPUT/checkpoints/STAGE/latest       the name of the newest whole checkpoint
 
 A checkpoint is written under a temporary name, synced to disk, renamed, and only then named by
 `latest` (itself replaced by rename). Our own state is JSON and safetensors. DeepSpeed's part
-(ENGINE/) is its own format, which holds pickled objects: resume only from checkpoints you trust.
+(ENGINE/) is its own format; it is read without unpickling anything but known classes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Checkpoints:
     """The checkpoints of one output directory. Every rank makes one and calls the same methods.
 
     Args:
-        directory: OUTPUT/checkpoints.
+        directory: OUTPUT/checkpoints/STAGE.
         keep: how many of the newest stay.
     """
 
@@ -170,9 +171,10 @@ def _save_rank_state(directory: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, directory / f"tensors-rank{rank()}.safetensors")
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = np.asarray(keys).tolist()
     generators = {
         "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
+        "numpy": [kind, words_of_numpy, position, has_gauss, cached],
     }
     (directory / f"rng-rank{rank()}.json").write_text(json.dumps(generators))
 

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def state_at(iteration: int) -> RunState:
-    return RunState("rlhf", iteration, metrics_lines=2 * iteration, components={"kl": {"coef": 0.1 / 3}})
+    return RunState(
+        "rlhf", iteration, metrics_lines=2 * iteration, components={"kl": {"coef": 0.1 / 3}}
+    )
 
 
 def make_engine(stage: int, name: str = "policy", frozen_seed: int = 0):
@@ -73,7 +75,8 @@ def test_continuation_is_bit_exact(tmp_path, stage):
     path = checkpoints.latest()
     state, tensors = checkpoints.restore(path, {"policy": again})
     other.load_tensors(tensors)
-    assert state == state_at(3) and again.steps == 3
+    assert state == state_at(3)
+    assert again.steps == 3
     assert train(again, other, 4) == expected_norms
     found = everything(again, other)
     assert found.keys() == expected.keys()
@@ -122,7 +125,8 @@ def test_old_ones_are_pruned_and_latest_moves(tmp_path):
     checkpoints.save(2, state_at(3))  # a resumed run comes by again
     assert checkpoints.read_state(checkpoints.latest()).iteration == 3
     checkpoints.clear()
-    assert checkpoints.latest() is None and not tmp_path.exists()
+    assert checkpoints.latest() is None
+    assert not tmp_path.exists()
 
 
 def test_a_damaged_pointer_is_explained(tmp_path):

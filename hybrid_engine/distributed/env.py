@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from hybrid_engine.errors import UserError
@@ -35,7 +35,7 @@ class RankEnv:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def export(self, environ: dict[str, str]) -> None:
+    def export(self, environ: MutableMapping[str, str]) -> None:
         """Write the variables that DeepSpeed and torch read, in torchrun's names."""
         environ["RANK"] = str(self.rank)
         environ["WORLD_SIZE"] = str(self.world_size)

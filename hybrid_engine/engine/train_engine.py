@@ -280,7 +280,7 @@ def _frozen_checksum(module: nn.Module) -> int:
     checksum = 0
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
     return checksum
 
@@ -302,4 +302,12 @@ def _initialise_deepspeed(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
+    if not hasattr(engine, "managed_gradient_accumulation"):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} cannot leave the accumulation boundary to the training "
+            "loop; install 0.19.8 or later"
+        )
+    from hybrid_engine.engine.safe_loading import WeightsOnlyCheckpointEngine
+
+    engine.checkpoint_engine = WeightsOnlyCheckpointEngine()
     return engine

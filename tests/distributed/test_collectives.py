@@ -60,7 +60,9 @@ def late_rank(rank):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return results_of("tests.distributed.test_collectives:exchange", 2, tmp_path_factory.mktemp("ranks"))
+    return results_of(
+        "tests.distributed.test_collectives:exchange", 2, tmp_path_factory.mktemp("ranks")
+    )
 
 
 def test_values_are_the_same_everywhere(found):
@@ -93,7 +95,8 @@ def test_a_late_rank_is_named_with_its_phase(found):
 def test_alone_every_call_is_the_identity():
     assert (c.rank(), c.world_size(), c.is_main()) == (0, 1, True)
     assert c.all_reduce_sums({"a": 1.0}) == {"a": 1.0}
-    assert c.broadcast_json([1]) == [1] and c.all_gather_json(2) == [2]
+    assert c.broadcast_json([1]) == [1]
+    assert c.all_gather_json(2) == [2]
     moments = moments_of(SAMPLE)
     torch.testing.assert_close(c.all_reduce_moments(moments), moments)
     c.barrier("nobody to wait for", timeout=timedelta(0))

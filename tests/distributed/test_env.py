@@ -45,7 +45,13 @@ def test_slurm_batch_script_is_a_single_process():
 
 @pytest.mark.parametrize(
     "nodes, first",
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03,5]", "gpu03"), ("a[1-2]-ib,b", "a1-ib"), ("a-b[7]", "a-b7")],
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[03,5]", "gpu03"),
+        ("a[1-2]-ib,b", "a1-ib"),
+        ("a-b[7]", "a-b7"),
+    ],
 )
 def test_first_slurm_node(nodes, first):
     assert first_slurm_node(nodes) == first

@@ -49,10 +49,14 @@ def loss_sum(scores: torch.Tensor) -> torch.Tensor:
 def accumulate(engine, micro_batch: int) -> None:
     """This rank's rows, `micro_batch` at a time; ranks with fewer rows add empty passes."""
     rows, tokens = data()
-    mine = rows[:5] if world_size() == 2 and rank() == 0 else rows[5:] if world_size() == 2 else rows
+    mine = (
+        rows[:5] if world_size() == 2 and rank() == 0 else rows[5:] if world_size() == 2 else rows
+    )
     passes = -(-5 // micro_batch) if world_size() == 2 else -(-ROWS // micro_batch)
     for part in range(passes):
-        engine.backward(loss_sum(engine(mine[part * micro_batch : (part + 1) * micro_batch])), tokens)
+        engine.backward(
+            loss_sum(engine(mine[part * micro_batch : (part + 1) * micro_batch])), tokens
+        )
 
 
 def first_gradient(stage: int, micro_batch: int) -> dict[str, list[float]]:
@@ -112,15 +116,17 @@ def test_two_ranks_any_micro_batch_and_stage(tmp_path):
 def loss_curve(stage: int, model: str, steps: int = 6) -> list[float]:
     """Mean token loss of a tiny language model over steps on fixed sequences."""
     from hybrid_engine.distributed.collectives import all_reduce_sums
+    from hybrid_engine.engine.passes import passes
     from hybrid_engine.engine.train_engine import TrainEngine
     from hybrid_engine.models import load_causal_lm
-    from hybrid_engine.engine.passes import passes
 
     generator = torch.Generator().manual_seed(2)
     lengths = (12, 5, 9, 3)
     sequences = [torch.randint(250, (n,), generator=generator).tolist() for n in lengths]
     config = OptimizerConfig(learning_rate=5e-3)
-    engine = TrainEngine(load_causal_lm(model), config, steps, {"zero_optimization": {"stage": stage}})
+    engine = TrainEngine(
+        load_causal_lm(model), config, steps, {"zero_optimization": {"stage": stage}}
+    )
     targets = sum(lengths) - len(lengths)
     curve = []
     for _ in range(steps):

@@ -65,10 +65,13 @@ def ended(processes: list[int], patience: float = 20.0) -> bool:
 def test_ranks_know_who_they_are_and_only_the_first_speaks(tmp_path):
     done = run_ranks(f"{HERE}:environment_of_a_rank", 2, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "rank 0" in done.stdout and "rank 1" not in done.stdout
+    assert "rank 0" in done.stdout
+    assert "rank 1" not in done.stdout
     found = [json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2)]
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert found == [{"RANK": str(r), "WORLD_SIZE": "2", "OMP_NUM_THREADS": threads} for r in range(2)]
+    assert found == [
+        {"RANK": str(r), "WORLD_SIZE": "2", "OMP_NUM_THREADS": threads} for r in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,8 @@ def test_ranks_know_who_they_are_and_only_the_first_speaks(tmp_path):
 def test_a_failing_rank_ends_the_run_with_its_error(tmp_path, how, code, shown):
     done = run_ranks(f"{HERE}:second_rank_fails", 2, str(tmp_path), how)
     assert done.returncode == code
-    assert "rank 1 of 2" in done.stderr and shown in done.stderr
+    assert "rank 1 of 2" in done.stderr
+    assert shown in done.stderr
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 

@@ -9,7 +9,8 @@ from hybrid_engine.rl.ema import EMA
 def test_average_follows_the_formula_in_fp32():
     live = {"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)}
     ema = EMA(live, decay=0.9)
-    assert ema.averages["w"].dtype == torch.float32 and ema.averages["w"].tolist() == [1.0, 2.0]
+    assert ema.averages["w"].dtype == torch.float32
+    assert ema.averages["w"].tolist() == [1.0, 2.0]
     live["w"] = torch.tensor([2.0, 0.0], dtype=torch.bfloat16)
     ema.update(live)
     torch.testing.assert_close(ema.averages["w"], torch.tensor([1.1, 1.8]))

@@ -26,7 +26,8 @@ def make_experience(lengths: list[int]) -> Experience:
 
 def rows_of(experience: Experience) -> list[list[int]]:
     for row, tokens in zip(experience.old_logprobs, experience.tokens, strict=True):
-        assert row[: len(tokens)].tolist() == tokens and row[len(tokens) :].abs().sum() == 0
+        assert row[: len(tokens)].tolist() == tokens
+        assert row[len(tokens) :].abs().sum() == 0
     return experience.tokens
 
 
@@ -41,7 +42,9 @@ def test_select_keeps_order_and_cuts_the_padding():
 
 def test_empty_selection_has_no_width():
     empty = make_experience([2, 2]).select([])
-    assert len(empty) == 0 and empty.rewards.shape == (0, 0) and empty.num_tokens == 0
+    assert len(empty) == 0
+    assert empty.rewards.shape == (0, 0)
+    assert empty.num_tokens == 0
 
 
 def test_without_a_critic():

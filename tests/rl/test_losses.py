@@ -27,7 +27,8 @@ def test_at_ratio_one_the_loss_is_minus_the_advantages(dual_clip):
     # Sums of 9 floats in float64: only the rounding of a float32 result is left.
     assert loss.item() == pytest.approx(-float(advantages[MASK].double().sum()), rel=1e-6)
     assert torch.equal(logprobs.grad, -advantages * MASK)
-    assert stats.ratio == stats.count == 9 and stats.ratio_max == 1.0
+    assert stats.ratio == stats.count == 9
+    assert stats.ratio_max == 1.0
     assert stats.kl_k3 == stats.kl_k2 == stats.clipped_low == stats.clipped_high == 0
 
 
@@ -85,14 +86,17 @@ def test_entropy_bonus_pushes_up_and_ignores_padding():
     entropies = torch.full((4, 5), torch.nan).masked_fill(MASK, 2.0).requires_grad_()
     loss, total = entropy_loss(entropies, MASK, coef=0.5)
     loss.backward()
-    assert loss.item() == -9.0 and total == 18.0
+    assert loss.item() == -9.0
+    assert total == 18.0
     assert torch.equal(entropies.grad, -0.5 * MASK)
     free, _ = entropy_loss(entropies, MASK, coef=0.0)
-    assert free.item() == 0.0 and not free.requires_grad
+    assert free.item() == 0.0
+    assert not free.requires_grad
 
 
 def test_ptx_is_a_weighted_negative_log_likelihood():
     logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
     loss = ptx_loss(logprobs, coef=0.25)
     loss.backward()
-    assert float(loss.detach()) == 1.0 and logprobs.grad.tolist() == [-0.25, -0.25]
+    assert float(loss.detach()) == 1.0
+    assert logprobs.grad.tolist() == [-0.25, -0.25]

@@ -1,0 +1,163 @@
+"""One engine in one process: clipping, schedule, skipped steps, parameter views."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid_engine.config import OptimizerConfig
+from hybrid_engine.engine.optim import build_adamw, learning_rate
+from hybrid_engine.engine.train_engine import TrainEngine
+from hybrid_engine.errors import UserError
+
+STAGES = (0, 1, 2, 3)
+
+
+def make_engine(stage: int = 0, dtype: torch.dtype = torch.float32, **options) -> TrainEngine:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
+    module[0].bias.requires_grad_(False)
+    config = OptimizerConfig(
+        **{"learning_rate": 0.1, "schedule": "constant", "warmup_ratio": 0, **options}
+    )
+    return TrainEngine(module, config, 10, {"zero_optimization": {"stage": stage}}, name="policy")
+
+
+def backward(engine: TrainEngine, factor: float = 1.0) -> None:
+    dtype = next(engine.module.parameters()).dtype
+    x = torch.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4)
+    engine.backward(engine(x).square().sum() * factor, 3)
+
+
+def snapshot(engine: TrainEngine) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine.gathered_state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_matches_plain_torch_with_clipping(stage):
+    """Three clipped steps in which the clip binds, against torch's own AdamW and clip_grad_norm_."""
+    engine = make_engine(stage, max_grad_norm=0.05, weight_decay=0.1)
+    plain = make_engine().module
+    optimizer = build_adamw(plain, OptimizerConfig(learning_rate=0.1, weight_decay=0.1))
+    x = torch.linspace(-1, 1, 12).reshape(3, 4)
+    for _ in range(3):
+        backward(engine)
+        norm = engine.step()
+        (plain(x).square().sum() / 3).backward()
+        expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert norm > 0.05
+        assert norm == pytest.approx(float(expected), rel=1e-5)
+    # Clip factors differ in the 1e-6 that guards their division; Adam's normalisation cancels most of it.
+    for name, tensor in snapshot(engine).items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_non_finite_step_changes_nothing(stage, factor):
+    engine = make_engine(stage, max_bad_steps=3)
+    backward(engine)
+    engine.step()
+    before = snapshot(engine)
+    backward(engine)
+    backward(engine, factor)
+    assert not math.isfinite(engine.step())
+    after = snapshot(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.skipped_steps == 1
+    assert engine.steps == 2
+    backward(engine)
+    assert math.isfinite(engine.step())
+    assert not torch.equal(snapshot(engine)["2.weight"], before["2.weight"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_too_many_in_a_row_end_the_run_with_the_culprit(stage):
+    engine = make_engine(stage, max_bad_steps=2)
+    backward(engine, math.nan)
+    engine.step()
+    backward(engine, math.nan)
+    with pytest.raises(
+        UserError, match="policy: 2 optimizer steps in a row .*the loss was nan on rank 0"
+    ):
+        engine.step()
+
+
+def test_a_finite_loss_with_a_bad_gradient_names_the_parameters():
+    engine = make_engine(max_bad_steps=2)
+    engine.module[2].weight.register_hook(lambda grad: grad * math.inf)
+    for _ in range(2):
+        backward(engine)
+        if engine.skipped_steps == 0:
+            engine.step()
+    with pytest.raises(UserError, match=r"the gradient of 2\.weight on rank 0"):
+        engine.step()
+
+
+def test_good_steps_in_between_forgive():
+    engine = make_engine(max_bad_steps=2)
+    for factor in (math.nan, 1.0, math.nan, 1.0, math.nan):
+        backward(engine, factor)
+        engine.step()
+    assert engine.skipped_steps == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains(stage):
+    engine = make_engine(stage, torch.bfloat16)
+    x = torch.linspace(-1, 1, 12, dtype=torch.bfloat16).reshape(3, 4)
+    first = float(engine(x).detach().square().sum())
+    for _ in range(5):
+        backward(engine)
+        assert math.isfinite(engine.step())
+    assert float(engine(x).detach().square().sum()) < 0.7 * first
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_replaced_parameters_are_shown_and_restored(stage):
+    engine = make_engine(stage)
+    backward(engine)
+    engine.step()
+    before = snapshot(engine)
+    other = {name: torch.full_like(t, 0.5) for name, t in engine.local_parameters().items()}
+    with engine.parameters_replaced(other):
+        shown = snapshot(engine)
+        with engine.full_parameters() as module:
+            assert torch.equal(module[0].weight, torch.full((6, 4), 0.5))
+    assert torch.equal(shown["0.weight"], torch.full((6, 4), 0.5))
+    assert torch.equal(shown["0.bias"], before["0.bias"])
+    after = snapshot(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert set(before) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_schedule():
+    config = OptimizerConfig(
+        learning_rate=2.0, schedule="linear", warmup_ratio=0.2, min_lr_ratio=0.1
+    )
+    rates = [learning_rate(step, 10, config) for step in range(12)]
+    assert rates[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    assert rates[6] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert rates[10] == rates[11] == pytest.approx(0.2)
+    cosine = OptimizerConfig(learning_rate=2.0, schedule="cosine", warmup_ratio=0.0)
+    assert [learning_rate(s, 4, cosine) for s in (0, 2, 4)] == pytest.approx([2.0, 1.0, 0.0])
+    constant = OptimizerConfig(learning_rate=2.0, schedule="constant", warmup_ratio=0.0)
+    assert learning_rate(9, 10, constant) == 2.0
+
+
+def test_decay_spares_biases_and_norms():
+    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(2, 3))
+    module[2].requires_grad_(False)
+    groups = build_adamw(module, OptimizerConfig(weight_decay=0.1)).param_groups
+    assert [(g["weight_decay"], sorted(tuple(p.shape) for p in g["params"])) for g in groups] == [
+        (0.1, [(3, 3)]),
+        (0.0, [(3,), (3,), (3,)]),
+    ]
+
+
+def test_nothing_to_train_is_explained():
+    with pytest.raises(UserError, match="no trainable parameter"):
+        TrainEngine(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig(), 1)
