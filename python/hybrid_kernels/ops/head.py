@@ -1,4 +1,4 @@
-"""The language-model head and the scoring of its tokens, without ever holding the logits of a whole batch."""
+"""The language-model head and the scores of its tokens, without the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybrid_kernels.ops.linear import linear
+from hybrid_kernels.ops.linear import linear, matmul
 from hybrid_kernels.ops.sampling import token_logprobs
 
 
@@ -21,9 +21,10 @@ def linear_token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logprobs` of ``hidden @ weight.T``, ``chunk_rows`` rows of logits at a time.
 
-    The same bits as ``token_logprobs(linear(hidden, weight), targets, temperature)``, since every row of logits depends on
-    its own row of ``hidden`` alone. The backward computes each chunk's logits again, so at most
-    ``2 * chunk_rows * V`` floats of logits and gradients are alive; ``grad_weight`` is formed only if required.
+    The same bits as ``token_logprobs(linear(hidden, weight), targets, temperature)``, since every
+    row of logits depends on its own row of ``hidden`` alone. The backward computes each chunk's
+    logits again, so at most ``2 * chunk_rows * V`` floats of logits and gradients are alive;
+    ``grad_weight`` is formed only if required.
 
     Args:
         hidden: ``[N, h]`` float32.
@@ -36,7 +37,8 @@ def linear_token_logprobs(
         ``(logprob, entropy)``, each ``[N]`` float32.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature or chunk.
+        ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature or
+            chunk.
     """
     if chunk_rows < 1:
         raise ValueError(f"linear_token_logprobs: chunk_rows is {chunk_rows}; expected at least 1")
@@ -53,7 +55,12 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk_rows: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
@@ -77,9 +84,9 @@ class _HeadLogprobs(torch.autograd.Function):
             grads = (grad_logprob[rows], grad_entropy[rows])
             (grad_logits,) = torch.autograd.grad(scores, logits, grads)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+                grad_hidden[rows] = matmul(grad_logits, weight)
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[rows])
+                grad_weight += matmul(grad_logits.T, hidden[rows])
         return grad_hidden, grad_weight, None, None, None
 
 
