@@ -69,11 +69,11 @@ def lora_merge_(
     """
     arguments = (weight, lora_a, lora_b, scale, list(splits))
     if _native("lora_merge_", weight, lora_a, lora_b):
-        record = torch.ops.hybrid_kernels.lora_merge_(*arguments)
+        residual, index, value = torch.ops.hybrid_kernels.lora_merge_(*arguments)
         _mark_changed(weight)
     else:
-        record = reference.lora_merge_(*arguments)
-    return MergeRecord(*record, versions=_versions(weight, lora_a, lora_b))
+        residual, index, value = reference.lora_merge_(*arguments)
+    return MergeRecord(residual, index, value, _versions(weight, lora_a, lora_b))
 
 
 @torch.no_grad()

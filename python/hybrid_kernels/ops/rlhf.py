@@ -8,7 +8,7 @@ gradients depend on neither micro-batch nor world size.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -106,8 +106,8 @@ class PolicyStats:
     ratio_max: float  # the greatest, not a sum
 
     def __add__(self, other: PolicyStats) -> PolicyStats:
-        *sums, largest = zip(astuple(self), astuple(other), strict=True)
-        return PolicyStats(*(a + b for a, b in sums), max(largest))
+        sums = (a + b for a, b in zip(astuple(self), astuple(other), strict=True))
+        return replace(PolicyStats(*sums), ratio_max=max(self.ratio_max, other.ratio_max))
 
 
 @dataclass(frozen=True)

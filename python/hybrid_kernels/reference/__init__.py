@@ -12,7 +12,7 @@ from hybrid_kernels.reference.rlhf import (
     ppo_policy_loss,
     ppo_value_loss,
 )
-from hybrid_kernels.reference.sampling import sample, token_logprobs
+from hybrid_kernels.reference.sampling import kept_threshold, sample, token_logprobs
 
 __all__ = [
     "add_layer_norm",
@@ -21,6 +21,7 @@ __all__ = [
     "bias_activation",
     "gae",
     "gated_activation",
+    "kept_threshold",
     "kv_append",
     "layer_norm",
     "linear",
