@@ -110,7 +110,8 @@ class Speaker:
         return (stream.text.strip() if trim else stream.text), interrupted
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.engine.tokenizer.decode(
+        tokenizer: Any = self.engine.tokenizer  # from_pretrained always has one
+        return tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
