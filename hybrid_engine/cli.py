@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hybrid_engine.cli_help import show_help
@@ -49,10 +50,18 @@ def parse(argv: Sequence[str], say: Callable[[str], None] = announce) -> RunConf
             show_help(values[0] if values else "")
             raise SystemExit(0)
     recipe, flags = read_arguments(arguments)
+    if recipe is None and flags.get("resume"):
+        recipe = interrupted_run(flags)
     if recipe is None and not any(path in flags for path in OWN_RUN):
         recipe = DEFAULT_RECIPE
         say(f"No --config, --actor-model or --data-path: running the embedded recipe '{recipe}'.")
     return build({**(load_values(recipe) if recipe else {}), **flags})
+
+
+def interrupted_run(flags: dict[str, Any]) -> str | None:
+    """The settings that the run being resumed wrote down, if it got that far."""
+    path = Path(flags.get("output_dir", RunConfig.output_dir)) / "config.yaml"
+    return str(path) if path.is_file() else None
 
 
 def split_arguments(argv: Sequence[str]) -> list[tuple[str, list[str]]]:

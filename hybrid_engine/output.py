@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hybrid_engine.config import RunConfig
@@ -33,7 +34,8 @@ def open_output(config: RunConfig) -> Iterator[Run]:
             elif not config.resume:
                 refuse_leftovers(run, step)
         if is_main():
-            (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            settings = replace(config, resume=False, overwrite=False)  # what the run is, not how it began
+            (output / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
         yield run
 
 

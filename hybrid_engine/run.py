@@ -113,10 +113,13 @@ class Run:
 
         return load_tokenizer(source)
 
-    def load_data(self, stage: str, tokenizer: Any) -> StageData:
+    def load_data(self, stage: str, source: str, tokenizer: Any) -> StageData:
+        """The rows of a step, tokenised for the model at `source`, whose end tokens end the answers."""
         from hybrid_engine.data import load_stage
+        from hybrid_engine.engine.end_tokens import end_tokens_of
 
-        data = load_stage(self.config.data, stage, tokenizer, self.config.seed, tokenizer.eos_token_id)
+        end_tokens = end_tokens_of(source, tokenizer)
+        data = load_stage(self.config.data, stage, tokenizer, self.config.seed, end_tokens)
         self.reporter.note(f"{stage}: {len(data.train)} rows to train on, {len(data.heldout)} held out")
         for reason, count in data.left_out.items():
             self.reporter.note(f"{stage}: {count} rows left out: {reason}")

@@ -6,25 +6,34 @@ import json
 from typing import Any
 
 from hybrid_engine.models import CausalLM, ForeignCausalLM
+from hybrid_engine.models.checkpoint_files import locate
+from hybrid_engine.models.checkpoint_io import Source
 
 
 def end_token_ids(model: CausalLM | ForeignCausalLM, tokenizer: Any | None) -> tuple[int, ...]:
-    """Every end token of the generation config (else of the model config) and of the tokenizer.
+    """Every end token of a loaded model and its tokenizer; none declared gives an empty tuple.
 
-    Instruction-tuned models have several: Llama 3 ends a turn with one token and a text with another,
-    and both end a response.
+    Instruction-tuned models have several: Llama 3 ends a turn with one token and a text with
+    another, and both end a response. The tokenizer's own comes first.
     """
-    declared = _declared(model)
-    own = getattr(tokenizer, "eos_token_id", None)
-    return tuple(sorted({*declared, *([] if own is None else [own])}))
-
-
-def _declared(model: CausalLM | ForeignCausalLM) -> list[int]:
     if not model.native:
-        return _as_list(model.hf_model.generation_config.eos_token_id)
+        return _ordered(tokenizer, _as_list(model.hf_model.generation_config.eos_token_id))
     source = getattr(model, "source", None)  # absent from a model built from a spec alone
-    if source is None:
-        return []
+    return _ordered(tokenizer, _declared(source) if source is not None else [])
+
+
+def end_tokens_of(path: str, tokenizer: Any) -> tuple[int, ...]:
+    """As :func:`end_token_ids`, of a directory or hub name whose weights are not loaded."""
+    return _ordered(tokenizer, _declared(Source.read(locate(path))))
+
+
+def _ordered(tokenizer: Any | None, declared: list[int]) -> tuple[int, ...]:
+    own = getattr(tokenizer, "eos_token_id", None)
+    return tuple(dict.fromkeys([*([] if own is None else [own]), *sorted(declared)]))
+
+
+def _declared(source: Source) -> list[int]:
+    """Of the generation config, else of the model config."""
     generation = json.loads(source.generation_config) if source.generation_config else {}
     return _as_list(generation.get("eos_token_id")) or _as_list(source.config.get("eos_token_id"))
 

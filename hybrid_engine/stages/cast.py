@@ -69,11 +69,9 @@ class Cast:
             return self.policy(batch, rows, targets, temperature, trunk)
 
 
-def assemble(run: Run, optimizer_steps: int, needs_reward_model: bool) -> Cast:
+def assemble(run: Run, source: str, tokenizer: Any, optimizer_steps: int, needs_reward_model: bool) -> Cast:
     """Loads the models of step 3 and hands the trained ones to DeepSpeed."""
     config = run.config
-    source = run.policy_source(STAGE)
-    tokenizer = run.tokenizer(source)
     actor = run.load_policy(source)
     reference = None if config.model.lora_r else run.load_frozen(load_causal_lm, source)
     original = None

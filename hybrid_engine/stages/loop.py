@@ -56,6 +56,7 @@ class StageLoop:
     def _resume(self) -> None:
         path = self._checkpoints.latest() if self._run.config.resume else None
         if path is None:
+            self._checkpoints.clear()  # or a later --resume would pick up an older run's state
             self._run.reporter.restart(self._stage)
             return
         state, tensors = self._checkpoints.restore(path, self._engines)

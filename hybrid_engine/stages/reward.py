@@ -24,7 +24,7 @@ def train_reward(run: Run) -> None:
     config = run.config.reward
     source = run.reward_source()
     tokenizer = run.tokenizer(source)
-    data = run.load_data(STAGE, tokenizer)
+    data = run.load_data(STAGE, source, tokenizer)
     batches = Batches(len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps)
     engine = run.train_engine(run.load_scalar(source), config.optimizer, len(batches), "reward model")
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"reward": engine})

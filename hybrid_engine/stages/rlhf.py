@@ -31,11 +31,12 @@ from hybrid_engine.stages.update import Updater, hash_seed
 def train_rlhf(run: Run) -> None:
     """Trains the policy against the rewards and writes OUTPUT/rlhf/{actor,critic,actor_ema}."""
     config, started = run.config.rlhf, time.monotonic()
-    tokenizer = run.tokenizer(run.policy_source(STAGE))
-    data = run.load_data(STAGE, tokenizer)
+    source = run.policy_source(STAGE)
+    tokenizer = run.tokenizer(source)
+    data = run.load_data(STAGE, source, tokenizer)
     batches = prompt_batches(len(data.train), run.config)
     mix = build_rewards(run.config.judge)
-    cast = assemble(run, len(batches) * config.epochs * config.minibatches, mix.needs_model)
+    cast = assemble(run, source, tokenizer, len(batches) * config.epochs * config.minibatches, mix.needs_model)
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})
@@ -50,7 +51,7 @@ def train_rlhf(run: Run) -> None:
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
     loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
-    demonstrations = demonstration_batches(run, tokenizer, loop.start) if config.ptx_coef else None
+    demonstrations = demonstration_batches(run, source, tokenizer, loop.start) if config.ptx_coef else None
     updater = Updater(cast, config, demonstrations)
     with run.reporter.stage(STAGE, loop.total, loop.start):
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
@@ -132,10 +133,12 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
     return values
 
 
-def demonstration_batches(run: Run, tokenizer: object, iterations_done: int) -> Iterator[list[SFTExample]]:
+def demonstration_batches(
+    run: Run, source: str, tokenizer: object, iterations_done: int
+) -> Iterator[list[SFTExample]]:
     """Endless batches of step-1 rows for PPO-ptx, one an optimizer step, as many rows as a minibatch has samples."""
     ppo = run.config.rlhf
-    data = run.load_data("sft", tokenizer)
+    data = run.load_data("sft", source, tokenizer)
     steps = ppo.epochs * ppo.minibatches
     size = max(ppo.samples_per_iteration // ppo.minibatches, 1)
     batches = Batches(len(data.train), size, run.config.seed, 0.0, 2**31 // size)

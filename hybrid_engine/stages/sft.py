@@ -22,7 +22,7 @@ def train_sft(run: Run) -> None:
     config = run.config.sft
     source = run.policy_source(STAGE)
     tokenizer = run.tokenizer(source)
-    data = run.load_data(STAGE, tokenizer)
+    data = run.load_data(STAGE, source, tokenizer)
     batches = Batches(len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps)
     engine = run.train_engine(run.load_policy(source), config.optimizer, len(batches), "policy")
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"policy": engine})
