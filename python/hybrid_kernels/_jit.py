@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hybrid_kernels._build import SPEC, Toolchain, binary_key, compile_library, usable_cores
 
-SECONDS_PER_OBJECT = 7.0  # on one core of a 2023 server; only for the notice
+SECONDS_PER_OBJECT = 3.5  # on one core of a 2023 server; only for the notice
 KEPT_LIBRARIES = 4
 LIBRARY = "_C.so"
 
