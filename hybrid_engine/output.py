@@ -21,8 +21,8 @@ def open_output(config: RunConfig) -> Iterator[Run]:
     """Opens OUTPUT for a run, and refuses to train over something that is there.
 
     Raises:
-        UserError: the directory cannot be written, or holds results or an unfinished step and neither --resume nor
-            --overwrite says what to do with them.
+        UserError: the directory cannot be written, or holds results or an unfinished step and
+            neither --resume nor --overwrite says what to do with them.
     """
     output = Path(config.output_dir)
     with Reporter(output, main=is_main()) as reporter:
@@ -34,7 +34,9 @@ def open_output(config: RunConfig) -> Iterator[Run]:
             elif not config.resume:
                 refuse_leftovers(run, step)
         if is_main():
-            settings = replace(config, resume=False, overwrite=False)  # what the run is, not how it began
+            settings = replace(
+                config, resume=False, overwrite=False
+            )  # what the run is, not how it began
             (output / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
         yield run
 
@@ -45,7 +47,8 @@ def refuse_leftovers(run: Run, step: int) -> None:
     if unfinished or run.finished(step):
         what = "an unfinished" if unfinished else "a finished"
         raise UserError(
-            f"{run.output} holds {what} step {step} ({stage}): --resume continues, --overwrite trains it anew, "
+            f"{run.output} holds {what} step {step} ({stage}): --resume continues, --overwrite "
+            "trains it anew, "
             "another --output-dir leaves it alone"
         )
 

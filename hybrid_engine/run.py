@@ -1,4 +1,6 @@
-"""What the three steps share: the configuration, the output directory, and how models enter and leave it."""
+"""What the three steps share: the configuration, the output directory, and how models enter and
+leave it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Run:
     reporter: Reporter
 
     def finished(self, step: int) -> bool:
-        """Whether the output directory has this step's results: summary.json gets its entry last."""
+        """Whether the output directory has this step's results: summary.json gets its entry
+        last.
+        """
         entry = self.reporter.summary().get(STAGE_OF_STEP[step], {})
         return bool(broadcast_json(entry.get("done", False)))
 
@@ -47,12 +51,16 @@ class Run:
     # Which weights a step starts from
 
     def policy_source(self, stage: str) -> str:
-        """The policy that `stage` starts from: step 1's result for the later steps, if there is one."""
+        """The policy that `stage` starts from: step 1's result for the later steps, if there is
+        one.
+        """
         fine_tuned = self.output / "sft"
         if stage != "sft" and fine_tuned.is_dir():
             return str(fine_tuned)
         if stage != "sft":
-            self.reporter.note(f"{fine_tuned} does not exist: {stage} starts from {self.config.model.actor_model}")
+            self.reporter.note(
+                f"{fine_tuned} does not exist: {stage} starts from {self.config.model.actor_model}"
+            )
         return self.resolve(self.config.model.actor_model)
 
     def reward_source(self) -> str:
@@ -72,7 +80,8 @@ class Run:
         if self.config.model.reward_model:
             return self.resolve(self.config.model.reward_model)
         raise UserError(
-            f"step 3 needs a reward model and {trained} does not exist: run step 2 first (--steps 2 3), "
+            f"step 3 needs a reward model and {trained} does not exist: run step 2 first (--steps "
+            "2 3), "
             "or give a trained one with --reward-model"
         )
 
@@ -95,17 +104,23 @@ class Run:
         return policy
 
     def load_scalar(self, source: str) -> ScalarModel:
-        """A reward or value model: a trained one with its head, or a language model with a new one."""
+        """A reward or value model: a trained one with its head, or a language model with a new
+        one.
+        """
         from hybrid_engine.models import LoRAConfig, load_scalar_model
 
         model = self.config.model
         lora = LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
-        scalar = load_scalar_model(source, model.dtype, lora, model.trainable_layers, self.config.seed)
+        scalar = load_scalar_model(
+            source, model.dtype, lora, model.trainable_layers, self.config.seed
+        )
         scalar.gradient_checkpointing = model.gradient_checkpointing
         return scalar
 
     def load_frozen(self, load: Callable[..., Any], source: str) -> Any:
-        """A model that is only asked, never trained: `load` is load_causal_lm or load_scalar_model."""
+        """A model that is only asked, never trained: `load` is load_causal_lm or
+        load_scalar_model.
+        """
         return load(source, self.config.model.dtype).requires_grad_(False).eval()
 
     def tokenizer(self, source: str) -> Any:
@@ -114,35 +129,51 @@ class Run:
         return load_tokenizer(source)
 
     def load_data(self, stage: str, source: str, tokenizer: Any) -> StageData:
-        """The rows of a step, tokenised for the model at `source`, whose end tokens end the answers."""
+        """The rows of a step, tokenised for the model at `source`, whose end tokens end the
+        answers.
+        """
         from hybrid_engine.data import load_stage
         from hybrid_engine.engine.end_tokens import end_tokens_of
 
         end_tokens = end_tokens_of(source, tokenizer)
         data = load_stage(self.config.data, stage, tokenizer, self.config.seed, end_tokens)
-        self.reporter.note(f"{stage}: {len(data.train)} rows to train on, {len(data.heldout)} held out")
+        self.reporter.note(
+            f"{stage}: {len(data.train)} rows to train on, {len(data.heldout)} held out"
+        )
         for reason, count in data.left_out.items():
             self.reporter.note(f"{stage}: {count} rows left out: {reason}")
         return data
 
     # Training and saving
 
-    def train_engine(self, module: Any, optimizer: OptimizerConfig, total_steps: int, name: str) -> TrainEngine:
+    def train_engine(
+        self, module: Any, optimizer: OptimizerConfig, total_steps: int, name: str
+    ) -> TrainEngine:
         from hybrid_engine.engine.deepspeed_config import read_user_json
         from hybrid_engine.engine.train_engine import TrainEngine
 
         settings = read_user_json(self.config.deepspeed) if self.config.deepspeed else {}
         zero = settings.setdefault("zero_optimization", {})
-        if self.config.zero_stage and zero.setdefault("stage", self.config.zero_stage) != self.config.zero_stage:
+        if (
+            self.config.zero_stage
+            and zero.setdefault("stage", self.config.zero_stage) != self.config.zero_stage
+        ):
             raise UserError(
-                f"--zero-stage is {self.config.zero_stage} but {self.config.deepspeed} says {zero['stage']}; give one"
+                f"--zero-stage is {self.config.zero_stage} but {self.config.deepspeed} says "
+                f"{zero['stage']}; give one"
             )
         return TrainEngine(module, optimizer, total_steps, settings, name)
 
     def save_model(
-        self, engine: TrainEngine, directory: Path, tokenizer: Any, replace: Mapping[str, Tensor] | None = None
+        self,
+        engine: TrainEngine,
+        directory: Path,
+        tokenizer: Any,
+        replace: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes a Hugging Face directory; `replace` holds averaged parameters to show in place of the trained ones."""
+        """Writes a Hugging Face directory; `replace` holds averaged parameters to show in place of
+        the trained ones.
+        """
         from hybrid_engine.models import save_model
 
         with engine.parameters_replaced(replace or {}):

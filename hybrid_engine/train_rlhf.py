@@ -1,6 +1,8 @@
-"""``python -m hybrid_engine.train_rlhf``: from a pretrained model to your own chat model, in three steps.
+"""``python -m hybrid_engine.train_rlhf``: from a pretrained model to your own chat model, in three
+steps.
 
-With no argument it runs the embedded default: a small real model, real data, on whatever this machine has.
+With no argument it runs the embedded default: a small real model, real data, on whatever this
+machine has.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: RunConfig) -> None:
-    """The steps in order, each from the files that the one before it left in the output directory."""
+    """The steps in order, each from the files that the one before it left in the output
+    directory.
+    """
     from hybrid_engine.distributed import process_group
     from hybrid_engine.output import open_output
-    from hybrid_engine.stages import rlhf, reward, sft
+    from hybrid_engine.stages import reward, rlhf, sft
 
     steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
     process_group.initialise()

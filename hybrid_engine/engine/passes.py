@@ -1,4 +1,6 @@
-"""From a batch of token sequences to packed forward passes of bounded size, the same number of them on every rank."""
+"""From a batch of token sequences to packed forward passes of bounded size, the same number of them
+on every rank.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Pass:
     """One packed forward pass over some samples of a batch.
 
     Attributes:
-        samples: the samples' places in the batch, in packing order; empty for a pass that only keeps ranks in step.
+        samples: the samples' places in the batch, in packing order; empty for a pass that only
+            keeps ranks in step.
         batch: the packed sequences, T tokens.
         rows: [N] packed rows whose next token is scored, sample after sample.
         targets: [N] those next tokens.
@@ -31,15 +34,21 @@ class Pass:
     last: Tensor
 
 
-def pack_pass(sequences: Sequence[list[int]], prompt_lengths: Sequence[int], samples: list[int]) -> Pass:
-    """Packs whole sequences. An answer without a prompt is scored from its second token: nothing precedes the first."""
+def pack_pass(
+    sequences: Sequence[list[int]], prompt_lengths: Sequence[int], samples: list[int]
+) -> Pass:
+    """Packs whole sequences. An answer without a prompt is scored from its second token: nothing
+    precedes the first.
+    """
     batch = pack([sequences[i] for i in samples])
     rows, targets = response_rows(batch, [max(prompt_lengths[i], 1) for i in samples])
     return Pass(samples, batch, rows, targets, last_rows(batch))
 
 
 def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Consecutive samples share a pass while their tokens fit; a longer sample has a pass of its own."""
+    """Consecutive samples share a pass while their tokens fit; a longer sample has a pass of its
+    own.
+    """
     plan: list[list[int]] = []
     used = max_tokens + 1
     for i, length in enumerate(lengths):
@@ -54,16 +63,20 @@ def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def passes(
     sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_tokens: int, group: int = 1
 ) -> Iterator[Pass]:
-    """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one pass.
+    """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one
+    pass.
 
-    Under ZeRO-2 every backward and under ZeRO-3 every forward is a collective, so ranks with less work run idle
-    passes at the end; how many is agreed on before the first, when no rank is inside a pass.
+    Under ZeRO-2 every backward and under ZeRO-3 every forward is a collective, so ranks with less
+    work run idle passes at the end; how many is agreed on before the first, when no rank is inside
+    a pass.
     """
     lengths = [sum(map(len, sequences[i : i + group])) for i in range(0, len(sequences), group)]
     plan = plan_passes(lengths, max_tokens)
     most = int(all_reduce_max(len(plan)))
     for groups in plan:
-        yield pack_pass(sequences, prompt_lengths, [g * group + i for g in groups for i in range(group)])
+        yield pack_pass(
+            sequences, prompt_lengths, [g * group + i for g in groups for i in range(group)]
+        )
     for _ in range(most - len(plan)):
         yield idle_pass()
 

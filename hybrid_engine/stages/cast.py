@@ -37,8 +37,10 @@ class Cast:
         critic: value model, initialised from the reward model; None for group-relative advantages.
         reference: the policy before training; None means the actor without its LoRA adapters.
         reward_model: None when every reward comes from elsewhere.
-        original: the model that the whole run started from, which judges fluency; None if nobody asks.
-        shared_blocks: leading blocks that are frozen and equal in all of them, so that their output is computed once.
+        original: the model that the whole run started from, which judges fluency; None if nobody
+            asks.
+        shared_blocks: leading blocks that are frozen and equal in all of them, so that their output
+            is computed once.
     """
 
     actor: HybridEngine
@@ -56,11 +58,20 @@ class Cast:
 
     def trunk(self, batch: PackedBatch) -> Trunk | None:
         """Output of the shared blocks on a batch, without gradient; None if nothing is shared."""
-        return compute_trunk(self.actor.model, batch, self.shared_blocks) if self.shared_blocks else None
+        return (
+            compute_trunk(self.actor.model, batch, self.shared_blocks)
+            if self.shared_blocks
+            else None
+        )
 
     @torch.no_grad()
     def reference_scores(
-        self, batch: PackedBatch, rows: torch.Tensor, targets: torch.Tensor, temperature: float, trunk: Trunk | None
+        self,
+        batch: PackedBatch,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        trunk: Trunk | None,
     ) -> TokenScores:
         """What the reference policy thinks of `targets`."""
         if self.reference is not None:
@@ -69,7 +80,9 @@ class Cast:
             return self.policy(batch, rows, targets, temperature, trunk)
 
 
-def assemble(run: Run, source: str, tokenizer: Any, optimizer_steps: int, needs_reward_model: bool) -> Cast:
+def assemble(
+    run: Run, source: str, tokenizer: Any, optimizer_steps: int, needs_reward_model: bool
+) -> Cast:
     """Loads the models of step 3 and hands the trained ones to DeepSpeed."""
     config = run.config
     actor = run.load_policy(source)
@@ -82,15 +95,22 @@ def assemble(run: Run, source: str, tokenizer: Any, optimizer_steps: int, needs_
         critic = run.load_scalar(run.trained_reward_model())
     if needs_reward_model:
         reward_model = run.load_frozen(load_scalar_model, run.trained_reward_model())
-    everyone = [model for model in (actor, reference, critic, reward_model, original) if model is not None]
+    everyone = [
+        model for model in (actor, reference, critic, reward_model, original) if model is not None
+    ]
     shared = share_frozen_trunk(everyone) if config.zero_stage < 3 else 0
     policy = run.train_engine(actor, config.rlhf.actor_optimizer, optimizer_steps, "actor")
     critic_engine = None
     if critic is not None:
-        critic_engine = run.train_engine(critic, config.rlhf.critic_optimizer, optimizer_steps, "critic")
+        critic_engine = run.train_engine(
+            critic, config.rlhf.critic_optimizer, optimizer_steps, "critic"
+        )
     engine = HybridEngine(
-        actor, tokenizer, policy,
-        max_batch=config.rlhf.generation.max_batch, score_tokens=config.rlhf.max_tokens_per_pass,
+        actor,
+        tokenizer,
+        policy,
+        max_batch=config.rlhf.generation.max_batch,
+        score_tokens=config.rlhf.max_tokens_per_pass,
     )
     return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
 

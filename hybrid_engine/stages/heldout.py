@@ -1,4 +1,6 @@
-"""What RL did to held-out prompts: the same prompts and random streams before and after, compared in pairs."""
+"""What RL did to held-out prompts: the same prompts and random streams before and after, compared
+in pairs.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +71,15 @@ class Heldout:
 
 
 def measure(
-    cast: Cast, prompts: Sequence[PromptExample], mix: RewardMix, judge: Judge | None, config: RunConfig
+    cast: Cast,
+    prompts: Sequence[PromptExample],
+    mix: RewardMix,
+    judge: Judge | None,
+    config: RunConfig,
 ) -> Heldout:
-    """Samples one answer to each prompt and scores it in every way that training may have changed it."""
+    """Samples one answer to each prompt and scores it in every way that training may have changed
+    it.
+    """
     share = local_share(range(len(prompts)))
     mine = [prompts[i] for i in share]
     generation = config.rlhf.generation
@@ -81,7 +89,9 @@ def measure(
         seed=config.seed,
         stop_token_ids=generation.stop_token_ids,
     )
-    rollout = cast.actor.generate([p.tokens for p in mine], params, [EVALUATION_STREAM + i for i in share])
+    rollout = cast.actor.generate(
+        [p.tokens for p in mine], params, [EVALUATION_STREAM + i for i in share]
+    )
     models = score_with_models(cast, rollout, config.rlhf)
     samples = samples_of(rollout, mine, cast)
     local = Heldout(
@@ -109,7 +119,9 @@ def surprise(
         return []
     sums: list[float] = []
     for part in passes(sequences, prompt_lengths, config.rlhf.max_tokens_per_pass):
-        logprobs = original(part.batch, part.rows, part.targets, 1.0, cast.trunk(part.batch)).logprobs
+        logprobs = original(
+            part.batch, part.rows, part.targets, 1.0, cast.trunk(part.batch)
+        ).logprobs
         sizes = [len(sequences[i]) - prompt_lengths[i] for i in part.samples]
         sums.extend(-float(answer.double().sum()) for answer in logprobs.split(sizes))
     return sums
@@ -127,7 +139,9 @@ def gather(local: Heldout, share: Sequence[int]) -> Heldout:
 
 
 def compare(before: Heldout, after: Heldout) -> dict[str, float]:
-    """Before and after of each measure; `_se` is the standard error of the mean paired difference."""
+    """Before and after of each measure; `_se` is the standard error of the mean paired
+    difference.
+    """
     summary: dict[str, float] = {}
     for name in ("reward", "judge"):
         old, new = getattr(before, name), getattr(after, name)
@@ -139,13 +153,25 @@ def compare(before: Heldout, after: Heldout) -> dict[str, float]:
                 f"{name}_se": standard_error(differences),
             }
     if before.surprise:
-        summary |= {"nll_original_before": before.surprise_per_token, "nll_original_after": after.surprise_per_token}
+        summary |= {
+            "nll_original_before": before.surprise_per_token,
+            "nll_original_after": after.surprise_per_token,
+        }
     for name, key in (("tokens", "answer_length"), ("finished", "eos_rate")):
-        summary |= {f"{key}_before": mean(getattr(before, name)), f"{key}_after": mean(getattr(after, name))}
-    return summary | {"kl": mean(after.kl), "kl_se": standard_error(after.kl), "heldout_prompts": len(after.reward)}
+        summary |= {
+            f"{key}_before": mean(getattr(before, name)),
+            f"{key}_after": mean(getattr(after, name)),
+        }
+    return summary | {
+        "kl": mean(after.kl),
+        "kl_se": standard_error(after.kl),
+        "heldout_prompts": len(after.reward),
+    }
 
 
-def write_samples(path: Path, prompts: Sequence[PromptExample], before: Heldout, after: Heldout) -> None:
+def write_samples(
+    path: Path, prompts: Sequence[PromptExample], before: Heldout, after: Heldout
+) -> None:
     """One JSON object a held-out prompt: both answers and both rewards."""
     with path.open("w", encoding="utf-8") as file:
         for i, prompt in enumerate(prompts):

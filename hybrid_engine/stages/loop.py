@@ -14,7 +14,9 @@ from hybrid_engine.run import Run
 
 
 class Component(Protocol):
-    """Small state that a stage carries from iteration to iteration: a KL controller, running moments."""
+    """Small state that a stage carries from iteration to iteration: a KL controller, running
+    moments.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -27,7 +29,8 @@ class StageLoop:
     Attributes:
         total: steps of the whole stage.
         start: steps that an earlier process has done.
-        memory: what was measured before training (JSON-able), which a resumed run must not measure again.
+        memory: what was measured before training (JSON-able), which a resumed run must not measure
+            again.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class StageLoop:
         self._engines = engines
         self._components = components or {}
         self._ema = ema
-        self._checkpoints = Checkpoints(run.output / "checkpoints" / stage, run.config.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            run.output / "checkpoints" / stage, run.config.keep_checkpoints
+        )
         self.total = len(batches)
         self.start = 0
         self.memory: dict[str, Any] = {}
@@ -76,7 +81,9 @@ class StageLoop:
                 self._save(step)
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something done every so many steps (0: never) is to be done after `step`, which is not the last."""
+        """Whether something done every so many steps (0: never) is to be done after `step`, which
+        is not the last.
+        """
         return every > 0 and step % every == 0 and step < self.total
 
     def remember(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +94,9 @@ class StageLoop:
 
     def _save(self, step: int) -> None:
         with self._run.reporter.phase("checkpoint"):
-            components: dict[str, Any] = {name: c.state_dict() for name, c in self._components.items()}
+            components: dict[str, Any] = {
+                name: c.state_dict() for name, c in self._components.items()
+            }
             state = RunState(
                 self._stage,
                 iteration=step,

@@ -20,18 +20,27 @@ STAGE = "reward"
 
 
 def train_reward(run: Run) -> None:
-    """Trains a scalar head on the fine-tuned policy with step 2's pairs and writes OUTPUT/reward."""
+    """Trains a scalar head on the fine-tuned policy with step 2's pairs and writes
+    OUTPUT/reward.
+    """
     config = run.config.reward
     source = run.reward_source()
     tokenizer = run.tokenizer(source)
     data = run.load_data(STAGE, source, tokenizer)
-    batches = Batches(len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps)
-    engine = run.train_engine(run.load_scalar(source), config.optimizer, len(batches), "reward model")
+    batches = Batches(
+        len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps
+    )
+    engine = run.train_engine(
+        run.load_scalar(source), config.optimizer, len(batches), "reward model"
+    )
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"reward": engine})
 
     def measure() -> dict[str, float]:
         with run.reporter.phase("evaluate"):
-            return {f"heldout_{name}": value for name, value in evaluate(engine, data.heldout, config).items()}
+            return {
+                f"heldout_{name}": value
+                for name, value in evaluate(engine, data.heldout, config).items()
+            }
 
     with run.reporter.stage(STAGE, loop.total, loop.start):
         before = loop.remember(measure)
@@ -43,27 +52,36 @@ def train_reward(run: Run) -> None:
             run.reporter.log(STAGE, step, values)
         after = measure()
         run.save_model(engine, run.output / "reward", tokenizer)
-    run.finish(STAGE, {
-        "heldout_accuracy_before": before["heldout_accuracy"],
-        **after,
-        "heldout_pairs": len(data.heldout),
-        "pairs": len(data.train),
-        "steps": loop.total,
-    })
+    run.finish(
+        STAGE,
+        {
+            "heldout_accuracy_before": before["heldout_accuracy"],
+            **after,
+            "heldout_pairs": len(data.heldout),
+            "pairs": len(data.train),
+            "steps": loop.total,
+        },
+    )
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, centering: float) -> Tensor:
-    """Sum over pairs of -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2.
+    """Sum over pairs of -log sigmoid(chosen - rejected - margin) + centering * (chosen +
+    rejected)^2.
 
-    Margin: Touvron et al., 2023 (arXiv:2307.09288), 3.2.2; centering: Eisenstein et al., 2023 (arXiv:2312.09244).
+    Margin: Touvron et al., 2023 (arXiv:2307.09288), 3.2.2; centering: Eisenstein et al., 2023
+        (arXiv:2312.09244).
     Scores and margin are [P]; a scalar comes back.
     """
     ranking = -F.logsigmoid(chosen - rejected - margin)
     return (ranking + centering * (chosen + rejected) ** 2).sum()
 
 
-def train_step(engine: TrainEngine, examples: Sequence[PairExample], config: RewardConfig) -> dict[str, float]:
-    """One optimizer step on this rank's share of a batch; the loss is the mean over the pairs of the whole batch."""
+def train_step(
+    engine: TrainEngine, examples: Sequence[PairExample], config: RewardConfig
+) -> dict[str, float]:
+    """One optimizer step on this rank's share of a batch; the loss is the mean over the pairs of
+    the whole batch.
+    """
     sequences = interleave(examples)
     sums = all_reduce_sums({"pairs": len(examples), "tokens": sum(map(len, sequences))})
     partial = {"loss": 0.0, "correct": 0.0, "gap": 0.0}
@@ -94,25 +112,33 @@ def interleave(examples: Sequence[PairExample]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(engine: TrainEngine, examples: Sequence[PairExample], config: RewardConfig) -> dict[str, float]:
+def evaluate(
+    engine: TrainEngine, examples: Sequence[PairExample], config: RewardConfig
+) -> dict[str, float]:
     """What a user must know before trusting a reward model, on held-out pairs.
 
-    Accuracy, mean margin, the scores' distribution, and their correlation with length: a reward model that has learned
-    "longer is better" shows it there, before PPO does.
+    Accuracy, mean margin, the scores' distribution, and their correlation with length: a reward
+    model that has learned "longer is better" shows it there, before PPO does.
     """
     sequences = interleave([examples[i] for i in local_share(range(len(examples)))])
     local: list[float] = []
     for part in passes(sequences, [1] * len(sequences), config.max_tokens_per_pass, group=2):
         local.extend(engine(part.batch, part.last).float().tolist())
     scores = torch.tensor([s for rank in all_gather_json(local) for s in rank], dtype=torch.float64)
-    lengths = torch.tensor([n for rank in all_gather_json([len(t) for t in sequences]) for n in rank]).double()
+    lengths = torch.tensor(
+        [n for rank in all_gather_json([len(t) for t in sequences]) for n in rank]
+    ).double()
     return describe_scores(scores, lengths)
 
 
 def describe_scores(scores: Tensor, lengths: Tensor) -> dict[str, float]:
-    """Summary of interleaved (chosen, rejected) scores [2P] and the lengths [2P] of the texts scored."""
+    """Summary of interleaved (chosen, rejected) scores [2P] and the lengths [2P] of the texts
+    scored.
+    """
     chosen, rejected = scores.view(-1, 2).unbind(1)
-    low, median, high = torch.quantile(scores, torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype)).tolist()
+    low, median, high = torch.quantile(
+        scores, torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype)
+    ).tolist()
     return {
         "accuracy": float((chosen > rejected).double().mean()),
         "margin": float((chosen - rejected).mean()),

@@ -1,4 +1,6 @@
-"""Step 3, reinforcement learning from human feedback: generate, score, train (Ouyang et al., 2022)."""
+"""Step 3, reinforcement learning from human feedback: generate, score, train (Ouyang et al.,
+2022).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def train_rlhf(run: Run) -> None:
     data = run.load_data(STAGE, source, tokenizer)
     batches = prompt_batches(len(data.train), run.config)
     mix = build_rewards(run.config.judge)
-    cast = assemble(run, source, tokenizer, len(batches) * config.epochs * config.minibatches, mix.needs_model)
+    cast = assemble(
+        run, source, tokenizer, len(batches) * config.epochs * config.minibatches, mix.needs_model
+    )
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})
@@ -51,7 +55,9 @@ def train_rlhf(run: Run) -> None:
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
     loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
-    demonstrations = demonstration_batches(run, source, tokenizer, loop.start) if config.ptx_coef else None
+    demonstrations = (
+        demonstration_batches(run, source, tokenizer, loop.start) if config.ptx_coef else None
+    )
     updater = Updater(cast, config, demonstrations)
     with run.reporter.stage(STAGE, loop.total, loop.start):
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
@@ -63,10 +69,16 @@ def train_rlhf(run: Run) -> None:
                 scored = scorer(rollout, prompts)
             with run.reporter.phase("train"), both_training(cast):
                 seed = hash_seed(run.config.seed, iteration)
-                updates = updater(scored.experience, seed, train_policy=iteration > config.critic_warmup)
+                updates = updater(
+                    scored.experience, seed, train_policy=iteration > config.critic_warmup
+                )
             if ema is not None:
                 ema.update(cast.policy.local_parameters())
-            values = {**rollout_metrics(rollout, scored, config), "kl_coef": scorer.kl.coef, **updates}
+            values = {
+                **rollout_metrics(rollout, scored, config),
+                "kl_coef": scorer.kl.coef,
+                **updates,
+            }
             scorer.kl.update(values["kl"], config.samples_per_iteration)
             if loop.due(config.eval_steps, iteration):
                 values |= {f"heldout_{name}": value for name, value in evaluate().means().items()}
@@ -77,7 +89,14 @@ def train_rlhf(run: Run) -> None:
     if is_main():
         write_samples(run.output / "rlhf" / "samples.jsonl", heldout, before, after)
         show_pairs(run, heldout, before, after)
-    run.finish(STAGE, {**compare(before, after), "iterations": len(batches), "seconds": time.monotonic() - started})
+    run.finish(
+        STAGE,
+        {
+            **compare(before, after),
+            "iterations": len(batches),
+            "seconds": time.monotonic() - started,
+        },
+    )
 
 
 def prompt_batches(count: int, config: RunConfig) -> Batches:
@@ -87,8 +106,12 @@ def prompt_batches(count: int, config: RunConfig) -> Batches:
     return Batches(count, ppo.prompts_per_iteration, config.seed, epochs, ppo.iterations)
 
 
-def generate(cast: Cast, prompts: list[PromptExample], indices: list[int], iteration: int, run: Run) -> Rollout:
-    """Samples this rank's answers. A sample's random stream is named by its place in the whole run."""
+def generate(
+    cast: Cast, prompts: list[PromptExample], indices: list[int], iteration: int, run: Run
+) -> Rollout:
+    """Samples this rank's answers. A sample's random stream is named by its place in the whole
+    run.
+    """
     generation = run.config.rlhf.generation
     n = generation.samples_per_prompt
     params = SamplingParams(
@@ -100,11 +123,15 @@ def generate(cast: Cast, prompts: list[PromptExample], indices: list[int], itera
     )
     first = iteration * run.config.rlhf.samples_per_iteration
     ids = [first + place * n + k for place in local_share(range(len(indices))) for k in range(n)]
-    return cast.actor.generate([p.tokens for p in prompts], params, ids, on_progress=run.reporter.tick)
+    return cast.actor.generate(
+        [p.tokens for p in prompts], params, ids, on_progress=run.reporter.tick
+    )
 
 
 def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict[str, float]:
-    """What the rollout looked like, over all ranks: reward, KL, entropy, lengths, the critic's foresight."""
+    """What the rollout looked like, over all ranks: reward, KL, entropy, lengths, the critic's
+    foresight.
+    """
     averages, samples, experience = Averages(), len(rollout), scored.experience
     averages.add("reward", math.fsum(scored.raw.total), samples)
     for name, part in scored.raw.parts.items():
@@ -114,16 +141,22 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
     averages.add("score_clip_fraction", scored.shaped.clipped, samples)
     averages.add("kl", scored.kl.sum(), samples)
     averages.add("kl_per_token", scored.kl.sum(), experience.num_tokens)
-    averages.add("rollout_entropy", math.fsum(map(math.fsum, rollout.entropies)), experience.num_tokens)
+    averages.add(
+        "rollout_entropy", math.fsum(map(math.fsum, rollout.entropies)), experience.num_tokens
+    )
     finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons])
     for name, (total, weight) in response_statistics(rollout.lengths, finished).items():
         averages.add(name, total, weight)
     if config.generation.samples_per_prompt > 1:
-        flat, groups = zero_std_groups(torch.tensor(scored.raw.total), config.generation.samples_per_prompt)
+        flat, groups = zero_std_groups(
+            torch.tensor(scored.raw.total), config.generation.samples_per_prompt
+        )
         averages.add("zero_std_groups", flat, groups)
     values = averages.result(all_gather_json)
     reward_moments = all_reduce_moments(moments_of(torch.tensor(scored.raw.total)))
-    values["reward_std"] = math.sqrt(float(reward_moments[2]) / max(float(reward_moments[0]) - 1, 1))
+    values["reward_std"] = math.sqrt(
+        float(reward_moments[2]) / max(float(reward_moments[0]) - 1, 1)
+    )
     if experience.values is not None and experience.returns is not None:
         returns = experience.returns[experience.mask]
         errors = returns - experience.values[experience.mask]
@@ -136,7 +169,9 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
 def demonstration_batches(
     run: Run, source: str, tokenizer: object, iterations_done: int
 ) -> Iterator[list[SFTExample]]:
-    """Endless batches of step-1 rows for PPO-ptx, one an optimizer step, as many rows as a minibatch has samples."""
+    """Endless batches of step-1 rows for PPO-ptx, one an optimizer step, as many rows as a
+    minibatch has samples.
+    """
     ppo = run.config.rlhf
     data = run.load_data("sft", source, tokenizer)
     steps = ppo.epochs * ppo.minibatches
@@ -161,11 +196,16 @@ def show_sample(run: Run, cast: Cast, rollout: Rollout, scored: Scored, iteratio
         prompt, answer = rollout.prompts[0], rollout.tokens[0]
         decode = cast.tokenizer.decode
         run.reporter.sample(
-            decode(prompt), decode(answer, skip_special_tokens=True), scored.raw.total[0], f"iteration {iteration}"
+            decode(prompt),
+            decode(answer, skip_special_tokens=True),
+            scored.raw.total[0],
+            f"iteration {iteration}",
         )
 
 
-def show_pairs(run: Run, prompts: list[PromptExample], before: Heldout, after: Heldout, count: int = 3) -> None:
+def show_pairs(
+    run: Run, prompts: list[PromptExample], before: Heldout, after: Heldout, count: int = 3
+) -> None:
     """A few held-out prompts with the answers of before and after."""
     for i in range(min(count, len(prompts))):
         run.reporter.sample(prompts[i].text, before.answers[i], before.reward[i], "before")

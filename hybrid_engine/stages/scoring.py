@@ -26,7 +26,8 @@ from hybrid_engine.stages.cast import Cast
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What the models say about B responses, T the longest. Without a critic or a reward model: None.
+    """What the models say about B responses, T the longest. Without a critic or a reward model:
+    None.
 
     Attributes:
         ref_logprobs: [B, T] reference log-probabilities of the response tokens.
@@ -51,7 +52,9 @@ def score_with_models(cast: Cast, rollout: Rollout, config: PPOConfig) -> ModelS
     for part in passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass):
         trunk = cast.trunk(part.batch)
         temperature = config.generation.temperature
-        ref.append(cast.reference_scores(part.batch, part.rows, part.targets, temperature, trunk).logprobs)
+        ref.append(
+            cast.reference_scores(part.batch, part.rows, part.targets, temperature, trunk).logprobs
+        )
         if cast.critic is not None:
             values.append(cast.critic(part.batch, part.rows, trunk).float())
         if cast.reward_model is not None:
@@ -114,7 +117,9 @@ class Scorer:
         raw = self.mix(samples_of(rollout, prompts, self.cast), models.rewards)
         scores = torch.tensor(raw.total, dtype=torch.float32)
         self.moments.update(all_reduce_moments(moments_of(scores)))
-        finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons], dtype=torch.bool)
+        finished = torch.tensor(
+            [reason == "stop" for reason in rollout.finish_reasons], dtype=torch.bool
+        )
         limit = config.generation.max_new_tokens
         shaped = shape_scores(scores, finished, lengths, limit, config.shaping, self.moments)
         old = rollout.padded_logprobs()
@@ -138,8 +143,12 @@ class Scorer:
         )
         return Scored(experience, raw, shaped, kl.sum(1))
 
-    def _advantages(self, rewards: Tensor, values: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """GAE on token rewards; without a critic each response's total (KL penalty included) against its group's."""
+    def _advantages(
+        self, rewards: Tensor, values: Tensor | None, lengths: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """GAE on token rewards; without a critic each response's total (KL penalty included)
+        against its group's.
+        """
         config = self.config
         if values is not None:
             return gae(rewards, values, lengths, config.gamma, config.lam)

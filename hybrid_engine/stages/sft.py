@@ -23,7 +23,9 @@ def train_sft(run: Run) -> None:
     source = run.policy_source(STAGE)
     tokenizer = run.tokenizer(source)
     data = run.load_data(STAGE, source, tokenizer)
-    batches = Batches(len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps)
+    batches = Batches(
+        len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps
+    )
     engine = run.train_engine(run.load_policy(source), config.optimizer, len(batches), "policy")
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"policy": engine})
 
@@ -35,26 +37,36 @@ def train_sft(run: Run) -> None:
         before = loop.remember(measure)
         for step, indices in loop:
             with run.reporter.phase("train"):
-                values = train_step(engine, [data.train[i] for i in local_share(indices)], config.max_tokens_per_pass)
+                values = train_step(
+                    engine,
+                    [data.train[i] for i in local_share(indices)],
+                    config.max_tokens_per_pass,
+                )
             if loop.due(config.eval_steps, step):
                 values |= {f"heldout_{name}": value for name, value in measure().items()}
             run.reporter.log(STAGE, step, values)
         after = measure()
         run.save_model(engine, run.output / "sft", tokenizer)
-    run.finish(STAGE, {
-        **{f"heldout_{name}_before": value for name, value in before.items()},
-        **{f"heldout_{name}_after": value for name, value in after.items()},
-        "heldout_rows": len(data.heldout),
-        "rows": len(data.train),
-        "steps": loop.total,
-    })
+    run.finish(
+        STAGE,
+        {
+            **{f"heldout_{name}_before": value for name, value in before.items()},
+            **{f"heldout_{name}_after": value for name, value in after.items()},
+            "heldout_rows": len(data.heldout),
+            "rows": len(data.train),
+            "steps": loop.total,
+        },
+    )
 
 
-def train_step(engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: int) -> dict[str, float]:
+def train_step(
+    engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: int
+) -> dict[str, float]:
     """One optimizer step on this rank's share of a batch.
 
-    The loss is the sum of -log p over answer tokens, divided by their number in the whole batch over all ranks: a mean of
-    per-pass means would weigh short answers more (see huggingface/trl#2175).
+    The loss is the sum of -log p over answer tokens, divided by their number in the whole batch
+    over all ranks: a mean of per-pass means would weigh short answers more (see
+    huggingface/trl#2175).
     """
     tokens = [e.tokens for e in examples]
     prompts = [e.prompt_length for e in examples]
@@ -68,12 +80,21 @@ def train_step(engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: 
     lr = engine.lr
     grad_norm = engine.step()
     loss = all_reduce_sums({"loss": loss})["loss"]
-    return {"loss": loss / max(sums["targets"], 1), "grad_norm": grad_norm, "lr": lr, "tokens": sums["tokens"]}
+    return {
+        "loss": loss / max(sums["targets"], 1),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "tokens": sums["tokens"],
+    }
 
 
 @torch.no_grad()
-def evaluate(engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: int) -> dict[str, float]:
-    """Mean negative log-likelihood of an answer token on held-out rows, in nats, and its exponential."""
+def evaluate(
+    engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: int
+) -> dict[str, float]:
+    """Mean negative log-likelihood of an answer token on held-out rows, in nats, and its
+    exponential.
+    """
     share = local_share(range(len(examples)))
     tokens = [examples[i].tokens for i in share]
     prompts = [examples[i].prompt_length for i in share]

@@ -1,4 +1,6 @@
-"""One PPO update: several passes of clipped gradient steps over a scored rollout (Schulman et al., 2017)."""
+"""One PPO update: several passes of clipped gradient steps over a scored rollout (Schulman et al.,
+2017).
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,35 @@ from hybrid_engine.stages.cast import Cast
 class Updater:
     """Steps actor and critic over experience.
 
-    Every loss is a sum over tokens divided by the minibatch's token count over all ranks, so gradients depend neither on
-    how a minibatch is cut into passes nor on the number of ranks.
+    Every loss is a sum over tokens divided by the minibatch's token count over all ranks, so
+    gradients depend neither on how a minibatch is cut into passes nor on the number of ranks.
     """
 
-    def __init__(self, cast: Cast, config: PPOConfig, demonstrations: Iterator[list[SFTExample]] | None = None) -> None:
+    def __init__(
+        self,
+        cast: Cast,
+        config: PPOConfig,
+        demonstrations: Iterator[list[SFTExample]] | None = None,
+    ) -> None:
         self.cast = cast
         self.config = config
         self.demonstrations = demonstrations
 
-    def __call__(self, experience: Experience, seed: int, train_policy: bool = True) -> dict[str, float]:
+    def __call__(
+        self, experience: Experience, seed: int, train_policy: bool = True
+    ) -> dict[str, float]:
         """Runs the epochs over a rollout; returns the metrics of all of them.
 
-        `first_log_ratio` is the largest |log ratio| over the first minibatch, before any step: zero when generation and
-        training agree on every token's probability.
+        `first_log_ratio` is the largest |log ratio| over the first minibatch, before any step: zero
+        when generation and training agree on every token's probability.
         """
         averages = Averages()
         steps: dict[str, float] = {"epochs": 0, "first_log_ratio": 0.0}
         for epoch in range(self.config.epochs):
             divergence = Averages()
-            for index, minibatch in enumerate(experience.minibatches(self.config.minibatches, hash_seed(seed, epoch))):
+            for index, minibatch in enumerate(
+                experience.minibatches(self.config.minibatches, hash_seed(seed, epoch))
+            ):
                 drift = self._minibatch(minibatch, train_policy, averages, divergence)
                 if epoch == index == 0:
                     steps["first_log_ratio"] = all_reduce_max(drift)
@@ -51,14 +62,20 @@ class Updater:
                 break
         return {**averages.result(all_gather_json), **steps}
 
-    def _minibatch(self, minibatch: Experience, train_policy: bool, averages: Averages, divergence: Averages) -> float:
+    def _minibatch(
+        self, minibatch: Experience, train_policy: bool, averages: Averages, divergence: Averages
+    ) -> float:
         tokens = max(all_reduce_sums({"tokens": minibatch.num_tokens})["tokens"], 1.0)
         drift = 0.0
-        for part in passes(minibatch.sequences, minibatch.prompt_lengths, self.config.max_tokens_per_pass):
+        for part in passes(
+            minibatch.sequences, minibatch.prompt_lengths, self.config.max_tokens_per_pass
+        ):
             rows = minibatch.select(part.samples)
             trunk = self._trunk(part, rows)
             if train_policy:
-                drift = max(drift, self._policy_pass(part, rows, trunk, tokens, averages, divergence))
+                drift = max(
+                    drift, self._policy_pass(part, rows, trunk, tokens, averages, divergence)
+                )
             if self.cast.critic is not None:
                 self._critic_pass(part, rows, trunk, tokens, averages)
         if train_policy and self.demonstrations is not None:
@@ -66,7 +83,13 @@ class Updater:
         return drift
 
     def _policy_pass(
-        self, part: Pass, rows: Experience, trunk: Trunk | None, tokens: float, averages: Averages, divergence: Averages
+        self,
+        part: Pass,
+        rows: Experience,
+        trunk: Trunk | None,
+        tokens: float,
+        averages: Averages,
+        divergence: Averages,
     ) -> float:
         """Accumulates the policy's gradient; returns the largest |log ratio|."""
         temperature = self.config.generation.temperature
@@ -74,7 +97,9 @@ class Updater:
         mask, width = rows.mask, rows.old_logprobs.shape[1]
         logprobs = spread(scores.logprobs, rows.lengths, width)
         loss, stats = policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, self.config)
-        bonus, entropy = entropy_loss(spread(scores.entropies, rows.lengths, width), mask, self.config.entropy_coef)
+        bonus, entropy = entropy_loss(
+            spread(scores.entropies, rows.lengths, width), mask, self.config.entropy_coef
+        )
         self.cast.policy.backward(loss + bonus, tokens)
         for sink in (averages, divergence):
             add_policy_stats(sink, stats)
@@ -86,7 +111,9 @@ class Updater:
     def _critic_pass(
         self, part: Pass, rows: Experience, trunk: Trunk | None, tokens: float, averages: Averages
     ) -> None:
-        assert self.cast.critic is not None and rows.values is not None and rows.returns is not None
+        assert self.cast.critic is not None
+        assert rows.values is not None
+        assert rows.returns is not None
         values = self.cast.critic(part.batch, part.rows, trunk).float()
         padded = spread(values, rows.lengths, rows.values.shape[1])
         loss, stats = value_loss(padded, rows.values, rows.returns, rows.mask, self.config)
