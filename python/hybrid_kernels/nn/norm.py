@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """``ops.layer_norm`` over the last dimension with parameters ``weight [N]`` and ``bias [N]``."""
+    """``ops.layer_norm`` over the last dimension, parameters ``weight [N]`` and ``bias [N]``."""
 
     def __init__(self, size: int, eps: float = 1e-5, bias: bool = True) -> None:
         super().__init__()
