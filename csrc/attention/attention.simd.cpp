@@ -35,7 +35,7 @@ class QueryBlock {
         rows_(positions * group_),
         width_(round_up(args.head_dim)) {
     const int64_t keys = kKvTile * larger(args.head_dim, Vec::width);
-    const int64_t floats = rows_ * (args.head_dim + width_ + 2) + keys + kGroupRows * (kKvTile + width_ + 1) + 7 * 16;
+    const int64_t floats = rows_ * (args.head_dim + width_ + 2) + keys + kGroupRows * (kKvTile + width_ + 2) + 9 * 16;
     Carve carve{thread_scratch(ScratchSlot::kAttention, floats)};
     q_ = carve.take(rows_ * args.head_dim);
     sum_ = carve.take(rows_ * width_);
@@ -45,6 +45,7 @@ class QueryBlock {
     scores_ = carve.take(kGroupRows * kKvTile);
     values_ = carve.take(kGroupRows * width_);
     decay_ = carve.take(kGroupRows);
+    tile_mass_ = carve.take(kGroupRows);
   }
 
   void run() {
@@ -102,8 +103,9 @@ class QueryBlock {
       score_panels(row, rows, visible);
     }
     bool any = false;
-    for (int64_t r = 0; r < rows; ++r) any |= softmax(keys, row + r, r, visible);
+    for (int64_t r = 0; r < rows; ++r) any |= sees_[r] = softmax(keys, row + r, r, visible);
     if (!any) return;
+    for_each_vec(rows, [&](int64_t r, int64_t lanes) { exp(Vec::load(decay_ + r, lanes)).store(decay_ + r, lanes); });
     for (int64_t col = 0; col < args_.head_dim; col += kPanelCols) {
       for (int64_t r = 0; r < rows; r += kPanelRows) {
         multiply_panel(smaller(kPanelRows, rows - r), smaller(kPanelCols, args_.head_dim - col),
@@ -111,7 +113,9 @@ class QueryBlock {
                        {values_ + r * width_ + col, width_, false});
       }
     }
-    for (int64_t r = 0; r < rows; ++r) accumulate(row + r, r);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (sees_[r]) accumulate(row + r, r);
+    }
   }
 
   void score_panels(int64_t row, int64_t rows, int64_t visible) {
@@ -137,45 +141,46 @@ class QueryBlock {
     }
   }
 
-  // Scores of one row to probabilities (in place, before division by their sum), and its running maximum and mass.
-  // False, and zeros, where the row sees no key of this tile.
+  // Scores of one row to probabilities, in place, before division by their sum; that sum to tile_mass_, the running maximum
+  // updated, and the logarithm of what shrinks earlier sums to decay_. False, and zeros, where the row sees no key of this tile.
   bool softmax(const Tile& keys, int64_t row, int64_t r, int64_t visible) {
     float* scores = scores_ + r * kKvTile;
     const int64_t at = position(row) - keys.first;
     const auto [low, high] = visible_keys(at, visible, args_.window);
-    if (low >= high) {
-      memset(scores, 0, kKvTile * sizeof(float));
-      decay_[r] = -1.0f;
-      return false;
-    }
-    const float slope = args_.alibi_slopes != nullptr ? args_.alibi_slopes[head(row)] : 0.0f;
+    const bool sees = low < high;
+    const int64_t end = sees ? ceil_div(high, Vec::width) * Vec::width : 0;
+    for (int64_t key = end; key < kKvTile; key += Vec::width) Vec().store(scores + key);
+    decay_[r] = 0.0f;
+    if (!sees) return false;
+    const bool alibi = args_.alibi_slopes != nullptr;
+    const float slope = alibi ? args_.alibi_slopes[head(row)] : 0.0f;
     Vec top(-INFINITY);
-    for (int64_t key = 0; key < kKvTile; key += Vec::width) {
-      Vec x = scaled_scores(scores + key, args_.scale, args_.alibi_slopes != nullptr, slope, key - at);
-      x = select(in_range(key, low, high), x, Vec(-INFINITY));
-      x.store(scores + key);
-      top = max(top, x);
+    for (int64_t key = 0; key < end; key += Vec::width) {
+      const Vec x = scaled_scores(scores + key, args_.scale, alibi, slope, key - at);
+      const Vec seen = select(in_range(key, low, high), x, Vec(-INFINITY));
+      seen.store(scores + key);
+      top = max(top, seen);
     }
-    const float old = max_[row];
     const float tile_max = reduce_max(top);
-    const float now = old > tile_max ? old : tile_max;
+    const float now = max_[row] > tile_max ? max_[row] : tile_max;
     Vec mass;
-    for (int64_t key = 0; key < kKvTile; key += Vec::width) {
+    for (int64_t key = 0; key < end; key += Vec::width) {
       const Vec p = select(in_range(key, low, high), exp(Vec::load(scores + key) - now), Vec());
       p.store(scores + key);
       mass += p;
     }
-    decay_[r] = exp(Vec(old - now))[0];
-    mass_[row] = fma(Vec(mass_[row]), Vec(decay_[r]), Vec(reduce_add(mass)))[0];
+    tile_mass_[r] = reduce_add(mass);
+    decay_[r] = max_[row] - now;
     max_[row] = now;
     return true;
   }
 
   void accumulate(int64_t row, int64_t r) {
-    if (decay_[r] < 0.0f) return;  // no key of the tile was this row's
+    const Vec decay(decay_[r]);
+    mass_[row] = fma(Vec(mass_[row]), decay, Vec(tile_mass_[r]))[0];
     float* sum = sum_ + row * width_;
     for (int64_t c = 0; c < width_; c += Vec::width) {
-      fma(Vec::load(sum + c), Vec(decay_[r]), Vec::load(values_ + r * width_ + c)).store(sum + c);
+      fma(Vec::load(sum + c), decay, Vec::load(values_ + r * width_ + c)).store(sum + c);
     }
   }
 
@@ -198,7 +203,9 @@ class QueryBlock {
   float *q_, *sum_;      // [rows, head_dim], [rows, width]
   float *max_, *mass_;   // [rows]
   float* keys_;          // a key tile, transposed [head_dim, 64], or a padded strip of one
-  float *scores_, *values_, *decay_;  // of one register tile: [kGroupRows, 64], [kGroupRows, width], [kGroupRows]
+  float *scores_, *values_;       // of one register tile: [kGroupRows, 64], [kGroupRows, width]
+  float *decay_, *tile_mass_;     // [kGroupRows]
+  bool sees_[kGroupRows];
 };
 
 }  // namespace

@@ -123,7 +123,12 @@ class SequenceHead {
     const auto [low, high] = visible_keys(at, count, args_.window);
     const bool alibi = args_.alibi_slopes != nullptr;
     const float slope = alibi ? args_.alibi_slopes[head(row)] : 0.0f;
-    for (int64_t key = 0; key < kKvTile; key += Vec::width) {
+    const int64_t end = larger(0, ceil_div(high, Vec::width) * Vec::width);
+    for (int64_t key = end; key < kKvTile; key += Vec::width) {
+      Vec().store(p + key);
+      Vec().store(ds + key);
+    }
+    for (int64_t key = 0; key < end; key += Vec::width) {
       const Vec::Mask seen = in_range(key, low, high);
       const Vec probability = exp(scaled_scores(p + key, args_.scale, alibi, slope, key - at) - lse_[row]);
       const Vec slope_of_score = probability * (Vec::load(ds + key) - delta_[row]) * args_.scale;

@@ -8,6 +8,7 @@ pytest-benchmark's ``extra_info``, hence in its JSON.
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ def bench(
     flops: int = 0,
     device: str = "cpu",
     rounds: int = 30,
+    baseline: Callable[[], Any] | None = None,
 ) -> None:
     """Times ``fn`` with pytest-benchmark and stores its rates.
 
@@ -42,13 +44,25 @@ def bench(
         flops: its floating-point operations.
         device: where it runs; a call on an accelerator is waited for.
         rounds: single calls to time; rates are computed from the median.
+        baseline: another way to do the same, timed before every single call of ``fn``, so that a
+            busy moment of the machine meets both; ``speedup`` is the ratio of the medians.
     """
     run = _synchronised(fn, device)
-    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=3)
+    baseline_seconds: list[float] = []
+
+    def time_baseline() -> None:
+        if baseline is not None:
+            baseline_seconds.append(_seconds(_synchronised(baseline, device)))
+
+    benchmark.pedantic(run, setup=time_baseline, rounds=rounds, iterations=1, warmup_rounds=3)
     if benchmark.stats is None:  # --benchmark-disable
         return
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(rates(seconds, bytes, flops, machine_limits(device)))
+    if baseline is not None:
+        median = statistics.median(baseline_seconds[-rounds:])
+        benchmark.extra_info["baseline_seconds"] = median
+        benchmark.extra_info["speedup"] = round(median / seconds, 3)
 
 
 def rates(seconds: float, bytes: int, flops: int, limits: MachineLimits) -> dict[str, float]:
@@ -80,12 +94,13 @@ def machine_limits(device: str = "cpu") -> MachineLimits:
 
 def _best_seconds(run: Callable[[], Any], rounds: int = 5) -> float:
     run()
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(_seconds(run) for _ in range(rounds))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _synchronised(fn: Callable[[], Any], device: str) -> Callable[[], Any]:

@@ -37,9 +37,9 @@ def _spoil(position: int, value):
     return lambda *args: (*args[:position], value, *args[position + 1 :])
 
 
-# A chain of K additions in order is what the library promises; its rounding errors grow with
-# sqrt(K) as a random walk, those of the blocked sums of torch's GEMM with the root of a block. Up to
-# K = 256 they are alike; at the long row (K = 50021, blocks of a few hundred) the ratio may reach 12.
+# A chain of K additions in order is what the library promises; its rounding errors grow with the
+# root of K as a random walk, those of the blocked sums of torch's GEMM with the root of a block. Up
+# to K = 256 they are alike; at the long row (K = 50021, blocks of hundreds) the ratio may reach 12.
 MODERATE = ("one", "odd", "tile-1", "tile", "tile+1", "empty", "non-contiguous")
 
 CASES = [
