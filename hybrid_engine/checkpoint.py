@@ -51,7 +51,8 @@ class RunState:
         stage: "sft", "reward" or "rlhf".
         iteration: optimizer steps (rollouts for rlhf) done in the stage; its data follow from it.
         metrics_lines: lines of metrics.jsonl written; resuming cuts the file back to them.
-        components: JSON-able state by name: KL controller, running moments, whatever else a stage has.
+        components: JSON-able state by name: KL controller, running moments, whatever else a stage
+            has.
     """
 
     stage: str
@@ -106,7 +107,8 @@ class Checkpoints:
         path = self.directory / pointer.read_text().strip()
         if not (path / "state.json").exists():
             raise UserError(
-                f"{pointer} names {path}, which is missing or incomplete; delete {pointer} to start anew"
+                f"{pointer} names {path}, which is missing or incomplete; delete {pointer} to "
+                "start anew"
             )
         return path
 
@@ -117,7 +119,8 @@ class Checkpoints:
     def restore(
         self, path: Path, engines: Mapping[str, Saveable] | None = None
     ) -> tuple[RunState, dict[str, Tensor]]:
-        """Load engines and this process's random states; return the plain state and this rank's tensors."""
+        """Load engines and this process's random states; return the plain state and this rank's
+        tensors."""
         for name, engine in (engines or {}).items():
             engine.load(path / name)
         tensors = _load_rank_state(path)
@@ -183,7 +186,8 @@ def _load_rank_state(directory: Path) -> dict[str, Tensor]:
     path = directory / f"tensors-rank{rank()}.safetensors"
     if not path.exists():
         raise UserError(
-            f"{directory} has no state of rank {rank()}; resume with the number of ranks that wrote it"
+            f"{directory} has no state of rank {rank()}; resume with the number of ranks that "
+            "wrote it"
         )
     tensors = load_file(path)
     torch.set_rng_state(tensors.pop(_TORCH_RNG))

@@ -161,7 +161,8 @@ for step in range(int(sys.argv[2]), 10**6):
 
 
 def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """SIGKILL in a tight save loop, each time a little later; what is left must load and agree with itself."""
+    """SIGKILL in a tight save loop, each time a little later; what is left must load and agree
+    with itself."""
     directory = tmp_path / "checkpoints"
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
     reached = 0

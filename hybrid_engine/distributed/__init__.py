@@ -1,1 +1,2 @@
-"""Ranks: who they are (env), how they start (launch, process_group), how they talk (collectives)."""
+"""Ranks: who they are (env), how they start (launch, process_group), how they talk
+(collectives)."""

@@ -38,7 +38,8 @@ def is_main() -> bool:
 
 
 def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Stack one equally shaped CPU tensor of every rank: [...] -> [world_size, ...], in rank order."""
+    """Stack one equally shaped CPU tensor of every rank: [...] -> [world_size, ...], in rank
+    order."""
     if world_size() == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(world_size())]

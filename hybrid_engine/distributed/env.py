@@ -1,4 +1,5 @@
-"""Which rank this process is, as told by torchrun, the DeepSpeed launcher, our own launcher or SLURM."""
+"""Which rank this process is, as told by torchrun, the DeepSpeed launcher, our own launcher or
+SLURM."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class RankEnv:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"RANK is {self.rank} with WORLD_SIZE {self.world_size}; it must lie in [0, WORLD_SIZE)"
+                f"RANK is {self.rank} with WORLD_SIZE {self.world_size}; it must lie in [0, "
+                "WORLD_SIZE)"
             )
 
     @property
@@ -121,7 +123,8 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
     if value is None or not value.isdigit():
         raise UserError(
-            f"environment variable {name} is {value!r} but WORLD_SIZE or SLURM_STEP_NUM_TASKS says that this "
+            f"environment variable {name} is {value!r} but WORLD_SIZE or SLURM_STEP_NUM_TASKS "
+            "says that this "
             "is one of several ranks; start with --num-gpus N, torchrun, deepspeed or srun"
         )
     return int(value)

@@ -10,9 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from hybrid_engine.distributed.env import RankEnv
 from hybrid_engine.distributed.process_group import FAILURE_DIR, LIFELINE_FD
@@ -24,7 +24,8 @@ _TAIL_LINES = 40
 def launch(
     module: str, arguments: Sequence[str], num_processes: int, grace_seconds: float = 10.0
 ) -> int:
-    """Run `python -m module arguments` as `num_processes` ranks of one group and return the exit code.
+    """Run `python -m module arguments` as `num_processes` ranks of one group and return the exit
+    code.
 
     Rank 0 writes to this terminal; the others are silent unless one of them fails first, when its
     last lines are shown. When a rank fails the others get SIGTERM, and SIGKILL after
@@ -64,10 +65,10 @@ class _Ranks:
         environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         environ[LIFELINE_FD] = str(reader)
         environ[FAILURE_DIR] = str(self.scratch)
-        output: IO[bytes] | None = None if env.is_main else open(self._log(env.rank), "wb")
-        # Own sessions: the terminal's Ctrl-C reaches this process alone, which passes it on.
-        self.processes.append(
-            subprocess.Popen(
+        log = nullcontext() if env.is_main else self._log(env.rank).open("wb")
+        with log as output:
+            # Own sessions: the terminal's Ctrl-C reaches this process alone, which passes it on.
+            process = subprocess.Popen(
                 command,
                 env=environ,
                 stdin=subprocess.DEVNULL,
@@ -76,11 +77,9 @@ class _Ranks:
                 pass_fds=(reader,),
                 start_new_session=True,
             )
-        )
+        self.processes.append(process)
         os.close(reader)
         self.lifelines.append(writer)
-        if output is not None:
-            output.close()
 
     def wait(self) -> int:
         """Exit code of the group: 0, or that of the rank that failed first."""

@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from hybrid_engine.distributed.env import RankEnv, rank_env
 
-# Set by our launcher: a pipe that closes when the launcher dies, and where a rank leaves its last words.
+# Set by our launcher: a pipe that closes when the launcher dies, and where a rank leaves its last
+# words.
 LIFELINE_FD = "HYBRID_ENGINE_LIFELINE_FD"
 FAILURE_DIR = "HYBRID_ENGINE_FAILURE_DIR"
 

@@ -19,9 +19,9 @@ from hybrid_engine.errors import UserError
 Settings = dict[str, Any]
 
 _OWNED = {
-    "train_batch_size": "batch sizes are set by --sft.batch-size, --reward.batch-size, --rlhf.prompts-per-iteration",
+    "train_batch_size": "set --sft.batch-size, --reward.batch-size, --rlhf.prompts-per-iteration",
     "train_micro_batch_size_per_gpu": "micro-batches are packed by --STEP.max-tokens-per-pass",
-    "gradient_accumulation_steps": "a batch takes as many passes as --STEP.max-tokens-per-pass asks for",
+    "gradient_accumulation_steps": "passes follow from --STEP.max-tokens-per-pass",
     "managed_gradient_accumulation": "the training loop owns the accumulation boundary",
     "scheduler": "the schedule is set by --STEP.optimizer.schedule and its neighbours",
     "optimizer": "AdamW is set by --STEP.optimizer.learning-rate and its neighbours",
@@ -38,7 +38,8 @@ def read_user_json(path: str | Path) -> Settings:
     """Read a DeepSpeed JSON file, leaving out "auto" values (they mean: whoever trains decides).
 
     Raises:
-        UserError: no such file, invalid JSON (with line and column), not an object, a setting of ours.
+        UserError: no such file, invalid JSON (with line and column), not an object, a setting of
+        ours.
     """
     path = Path(path)
     try:
@@ -139,8 +140,10 @@ def _check_precision(user: Settings, module_dtype: torch.dtype) -> None:
         wanted = user.get(key, {}).get("enabled")
         if wanted is not None and bool(wanted) != (module_dtype == dtype):
             raise UserError(
-                f'the DeepSpeed configuration says "{key}": {{"enabled": {json.dumps(wanted)}}} but the parameters '
-                f'are {str(module_dtype).removeprefix("torch.")}; set --dtype, and leave {key} out or "auto"'
+                f'the DeepSpeed configuration says "{key}": {{"enabled": {json.dumps(wanted)}}} '
+                "but the parameters "
+                f"are {str(module_dtype).removeprefix('torch.')}; set --dtype, and leave {key} "
+                'out or "auto"'
             )
 
 

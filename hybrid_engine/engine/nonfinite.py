@@ -45,7 +45,8 @@ class NonFiniteGuard:
         """Count a skipped step; every rank calls this in the same step.
 
         Args:
-            expected: the loss scaler of fp16 is searching, which is no fault unless a loss is at fault.
+            expected: the loss scaler of fp16 is searching, which is no fault unless a loss is at
+                fault.
 
         Raises:
             UserError: `max_bad_steps` in a row.
@@ -86,10 +87,12 @@ class NonFiniteGuard:
                 names = ", ".join(report["gradients"][:_MAX_NAMES])
                 more = len(report["gradients"]) - _MAX_NAMES
                 found.append(
-                    f"the gradient of {names}{f' and {more} more' if more > 0 else ''} on rank {where}"
+                    f"the gradient of {names}{f' and {more} more' if more > 0 else ''} on rank "
+                    f"{where}"
                 )
         what = "; ".join(found) or "the gradient norm overflowed"
         return (
-            f"{self._name}: {self.consecutive} optimizer steps in a row were skipped because a number was not "
+            f"{self._name}: {self.consecutive} optimizer steps in a row were skipped because a "
+            "number was not "
             f"finite ({what}); lower the learning rate, or look for bad rows in the data"
         )

@@ -41,8 +41,8 @@ def build_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of optimizer step `step` (0-based) out of `total_steps`.
 
-    Warm-up: lr (step + 1) / (w + 1) for the first w = ceil(warmup_ratio total) steps, so that no step
-    has rate zero. Then with progress p in [0, 1] from the end of warm-up to the last step:
+    Warm-up: lr (step + 1) / (w + 1) for the first w = ceil(warmup_ratio total) steps, so that no
+    step has rate zero. Then with progress p in [0, 1] from the end of warm-up to the last step:
     constant 1, linear 1 - p, cosine (1 + cos(pi p)) / 2, raised above min_lr_ratio.
     Steps past the end keep the last rate.
     """

@@ -40,8 +40,8 @@ class TrainEngine:
         module: fp32, bf16 or fp16 parameters, equal on all ranks (rank 0's are broadcast).
         optimizer: AdamW, schedule, clipping.
         total_steps: optimizer steps of the whole schedule.
-        deepspeed_config: the user's DeepSpeed settings, as :func:`read_user_json` returns them, with
-            `zero_optimization.stage` for the ZeRO stage. Empty is plain data parallelism.
+        deepspeed_config: the user's DeepSpeed settings, as :func:`read_user_json` returns them,
+            with `zero_optimization.stage` for the ZeRO stage. Empty is plain data parallelism.
         name: for messages.
     """
 
@@ -93,8 +93,8 @@ class TrainEngine:
     def backward(self, loss_sum: Tensor, normaliser: float) -> None:
         """Accumulate the gradient of `loss_sum / normaliser`.
 
-        `loss_sum` is a sum over this rank's micro-batch, `normaliser` the count (tokens, pairs) of the
-        whole accumulation batch over all ranks. The accumulated gradient is then
+        `loss_sum` is a sum over this rank's micro-batch, `normaliser` the count (tokens, pairs) of
+        the whole accumulation batch over all ranks. The accumulated gradient is then
         sum over ranks and micro-batches of d(loss_sum) / normaliser, whatever their number:
         DeepSpeed averages over ranks, which the factor world_size undoes.
 
@@ -166,7 +166,8 @@ class TrainEngine:
 
     @contextmanager
     def parameters_replaced(self, local: Mapping[str, Tensor]) -> Iterator[None]:
-        """Show other values (an average) in place of the trained ones, for saving; then restore them.
+        """Show other values (an average) in place of the trained ones, for saving; then restore
+        them.
 
         `local` is keyed and shaped like :meth:`local_parameters`. Do not train inside.
         """
@@ -257,7 +258,8 @@ class TrainEngine:
         ):
             if state[key] != value:
                 raise UserError(
-                    f"cannot resume {self._name} from {directory}: its {what} was {state[key]}, now it is {value}; "
+                    f"cannot resume {self._name} from {directory}: its {what} was {state[key]}, "
+                    f"now it is {value}; "
                     "resume with the settings and models of the interrupted run"
                 )
         self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
@@ -270,7 +272,8 @@ def _trained_dtype(module: nn.Module) -> torch.dtype:
     dtypes = {p.dtype for p in module.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise UserError(
-            f"trainable parameters have several dtypes {sorted(map(str, dtypes))}; convert them to one"
+            f"trainable parameters have several dtypes {sorted(map(str, dtypes))}; convert them "
+            "to one"
         )
     return dtypes.pop() if dtypes else torch.float32
 
@@ -304,7 +307,8 @@ def _initialise_deepspeed(
     )
     if not hasattr(engine, "managed_gradient_accumulation"):
         raise UserError(
-            f"DeepSpeed {deepspeed.__version__} cannot leave the accumulation boundary to the training "
+            f"DeepSpeed {deepspeed.__version__} cannot leave the accumulation boundary to the "
+            "training "
             "loop; install 0.19.8 or later"
         )
     from hybrid_engine.engine.safe_loading import WeightsOnlyCheckpointEngine

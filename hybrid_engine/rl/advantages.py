@@ -1,4 +1,5 @@
-"""From token rewards to advantages: GAE, whitening over the global batch, and sequence scores spread out."""
+"""From token rewards to advantages: GAE, whitening over the global batch, and sequence scores
+spread out."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(var + 1e-8) over the masked tokens of all ranks; zero elsewhere.
 
-    Mean and (Bessel's) variance belong to the whole batch of the iteration, so this runs once a rollout
-    and never a minibatch. Every rank must call it, with an empty mask if need be.
+    Mean and (Bessel's) variance belong to the whole batch of the iteration, so this runs once a
+    rollout and never a minibatch. Every rank must call it, with an empty mask if need be.
     """
     moments = reduce_moments(ops.masked_moments(x, mask))
     return ops.masked_whiten(x, mask, moments=moments, shift_mean=shift_mean)

@@ -17,8 +17,8 @@ class EMA:
     """The average starts at the parameters themselves, so it needs no bias correction.
 
     Args:
-        parameters: name -> live tensor, as `TrainEngine.local_parameters()` gives them. The tensors are
-            asked for at every update, because ZeRO may re-point them.
+        parameters: name -> live tensor, as `TrainEngine.local_parameters()` gives them. The
+            tensors are asked for at every update, because ZeRO may re-point them.
         decay: in [0, 1).
     """
 

@@ -15,10 +15,11 @@ from hybrid_engine.rl.padding import length_mask
 class Experience:
     """B scored responses. Tensors are float32 [B, T] with zeros past each row's length.
 
-    Index t of a row is the response's token t: its log-probs, the value of the state *before* it, the
-    reward it earned. EOS is a token like any other; a row's last token is its EOS or its cut.
-    `values` and `returns` are None for methods without a critic. `trunks` holds what the frozen bottom of
-    the network made of each row's prompt and response, [len(prompt) + len(response), h], where there is one.
+    Index t of a row is the response's token t: its log-probs, the value of the state *before* it,
+    the reward it earned. EOS is a token like any other; a row's last token is its EOS or its cut.
+    `values` and `returns` are None for methods without a critic. `trunks` holds what the frozen
+    bottom of the network made of each row's prompt and response, [len(prompt) + len(response), h],
+    where there is one.
     """
 
     prompts: list[list[int]]
@@ -34,7 +35,8 @@ class Experience:
 
     def __post_init__(self) -> None:
         shape = self.old_logprobs.shape
-        assert len(shape) == 2 and len(self.prompts) == len(self.tokens) == shape[0], "B differs"
+        assert len(shape) == 2, "old_logprobs must be [B, T]"
+        assert len(self.prompts) == len(self.tokens) == shape[0], "B differs"
         assert self.lengths.tolist() == [len(row) for row in self.tokens], (
             "lengths differ from tokens"
         )

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 _STD_EPS = 1e-6
-# Scores of a group that differ by less, relative to their size, count as equal: dividing the rounding
-# of their mean by its own standard deviation would turn noise into advantages of order one.
+# Scores of a group that differ by less, relative to their size, count as equal: dividing the
+# rounding of their mean by its own standard deviation would turn noise into advantages of order
+# one.
 _FLAT_TOLERANCE = 1e-6
 
 
@@ -27,7 +28,8 @@ def grpo(scores: Tensor, group_size: int) -> Tensor:
 
 
 def dr_grpo(scores: Tensor, group_size: int) -> Tensor:
-    """A_i = R_i - mean_g: without the division that favours easy and hard prompts (Liu et al., 2025).
+    """A_i = R_i - mean_g: without the division that favours easy and hard prompts (Liu et al.,
+    2025).
 
     G = 1: A = R.
     """
@@ -38,7 +40,8 @@ def dr_grpo(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rloo(scores: Tensor, group_size: int) -> Tensor:
-    """A_i = R_i - mean of the other G - 1 scores (Kool et al., 2019; Ahmadian et al., 2024). G = 1: A = R."""
+    """A_i = R_i - mean of the other G - 1 scores (Kool et al., 2019; Ahmadian et al., 2024). G =
+    1: A = R."""
     if group_size == 1:
         return scores.clone()
     groups = _groups(scores, group_size)
@@ -47,7 +50,8 @@ def rloo(scores: Tensor, group_size: int) -> Tensor:
 
 
 def reinforce_baseline(scores: Tensor, group_size: int) -> Tensor:
-    """A_i = R_i - mean_g, to be whitened over the tokens of the whole batch (REINFORCE++-baseline, Hu, 2025).
+    """A_i = R_i - mean_g, to be whitened over the tokens of the whole batch (REINFORCE++-baseline,
+    Hu, 2025).
 
     The whitening is the caller's, who can reduce moments over ranks. G = 1: A = R.
     """

@@ -1,4 +1,5 @@
-"""KL divergence from the policy to its reference: estimators from samples, and the penalty's weight.
+"""KL divergence from the policy to its reference: estimators from samples, and the penalty's
+weight.
 
 With x ~ pi and d = log pi(x) - log ref(x) (Schulman, "Approximating KL Divergence", 2020):
 
@@ -36,8 +37,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-d) - 1 + d with d clamped to +-20 and the result to at most 10.
 
-    Without the clamps one token that the reference finds impossible makes a batch's KL billions; with
-    them the estimate is biased low where d < -2.6 or so.
+    Without the clamps one token that the reference finds impossible makes a batch's KL billions;
+    with them the estimate is biased low where d < -2.6 or so.
     """
     d = (logprobs - ref_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
     return (torch.expm1(-d) + d).clamp(max=_K3_LIMIT)

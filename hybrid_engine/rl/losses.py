@@ -64,7 +64,8 @@ def entropy_loss(entropies: Tensor, mask: Tensor, coef: float) -> tuple[Tensor, 
 
 
 def ptx_loss(logprobs: Tensor, coef: float) -> Tensor:
-    """-coef sum of log p over the target tokens [N] of demonstrations (Ouyang et al., 2022, PPO-ptx).
+    """-coef sum of log p over the target tokens [N] of demonstrations (Ouyang et al., 2022,
+    PPO-ptx).
 
     Normalise it by the demonstrations' own token count, not by the rollout's.
     """

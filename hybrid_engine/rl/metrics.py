@@ -40,7 +40,8 @@ class Averages:
         self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
     def result(self, gather: Gather) -> dict[str, float]:
-        """Means and maxima over everything added on all ranks. Every rank calls this; names may differ.
+        """Means and maxima over everything added on all ranks. Every rank calls this; names may
+        differ.
 
         A name whose weight is zero everywhere is left out: it has no mean.
         """
@@ -64,7 +65,8 @@ def explained_variance(error_moments: Tensor, return_moments: Tensor) -> float:
 
 
 def response_statistics(lengths: Tensor, finished: Tensor) -> dict[str, tuple[float, float]]:
-    """Name -> (total, weight) for :meth:`Averages.add`: mean length, share that ended with an EOS."""
+    """Name -> (total, weight) for :meth:`Averages.add`: mean length, share that ended with an
+    EOS."""
     count = float(len(lengths))
     return {
         "response_length": (float(lengths.sum()), count),
@@ -73,7 +75,8 @@ def response_statistics(lengths: Tensor, finished: Tensor) -> dict[str, tuple[fl
 
 
 def add_policy_stats(averages: Averages, stats: PolicyStats) -> None:
-    """Log names of a policy loss's sums; `approx_kl` estimates KL(old || new), 0 before the first update."""
+    """Log names of a policy loss's sums; `approx_kl` estimates KL(old || new), 0 before the first
+    update."""
     sums = {
         "ratio": stats.ratio,
         "approx_kl": stats.kl_k3,

@@ -29,7 +29,8 @@ def moments_of(x: Tensor) -> Tensor:
 def combine_moments(parts: Tensor) -> Tensor:
     """Moments of the union of disjoint parts: [R, 3] -> [3], folded in row order (deterministic).
 
-    n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n
+    n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a
+    n_b / n
     """
     count, mean, m2 = 0.0, 0.0, 0.0
     for part_count, part_mean, part_m2 in parts.double().tolist():

@@ -24,7 +24,8 @@ def unpad_rows(padded: Tensor, lengths: Tensor) -> Tensor:
 
 
 def spread(flat: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Inverse of :func:`unpad_rows`, differentiable: [sum(lengths)] -> [B, width], zeros elsewhere."""
+    """Inverse of :func:`unpad_rows`, differentiable: [sum(lengths)] -> [B, width], zeros
+    elsewhere."""
     mask = length_mask(lengths, width)
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 

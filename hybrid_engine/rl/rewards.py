@@ -32,7 +32,8 @@ def check_scores(scores: Tensor, origin: str = "reward") -> None:
     if len(bad):
         first = int(bad[0])
         raise UserError(
-            f"{origin} gave {float(scores[first])} for sample {first} of {len(scores)} ({len(bad)} such samples); "
+            f"{origin} gave {float(scores[first])} for sample {first} of {len(scores)} "
+            f"({len(bad)} such samples); "
             "a score must be a finite number"
         )
 
@@ -47,8 +48,9 @@ def shape_scores(
 ) -> ShapedScores:
     """Shape raw scores [B]; the order of the rules matters.
 
-    1. normalise by running moments: "scale" z = R / sigma, "standardize" z = (R - mu) / sigma. The caller
-       has updated `moments` with this batch (of all ranks) already, so the first batch has a scale too.
+    1. normalise by running moments: "scale" z = R / sigma, "standardize" z = (R - mu) / sigma. The
+       caller has updated `moments` with this batch (of all ranks) already, so the first batch has
+       a scale too.
     2. missing EOS: R -= missing_eos_penalty where the response was cut (not `finished` [B] bool).
     3. overlong (DAPO, Yu et al., 2025): with buffer b and limit L = max_new_tokens,
        R -= overlong_factor (n - (L - b)) / b for responses of n > L - b tokens.

@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_ranks(function: str, world_size: int, *arguments: str, timeout: float = 120.0):
-    """Call `package.module:function(*arguments)` on `world_size` ranks; the completed launcher process."""
+    """Call `package.module:function(*arguments)` on `world_size` ranks; the completed launcher
+    process."""
     script = (
         "import sys; from hybrid_engine.distributed.launch import launch; "
-        f"sys.exit(launch('tests.distributed.ranks', sys.argv[1:], {world_size}, grace_seconds=5.0))"
+        f"sys.exit(launch('tests.distributed.ranks', sys.argv[1:], {world_size}, "
+        "grace_seconds=5.0))"
     )
     environ = dict(os.environ)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):

@@ -57,7 +57,7 @@ def test_auto_means_ours(tmp_path):
     [
         ('{"a": 1,\n "b" 2}', r"ds.json:2:6: not valid JSON"),
         ("[1]", "expected a JSON object with DeepSpeed settings, got list"),
-        ({"train_batch_size": 8}, 'remove "train_batch_size": batch sizes are set by'),
+        ({"train_batch_size": 8}, 'remove "train_batch_size": set --sft.batch-size'),
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
             'remove "scheduler"',

@@ -36,7 +36,8 @@ def snapshot(engine: TrainEngine) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_matches_plain_torch_with_clipping(stage):
-    """Three clipped steps in which the clip binds, against torch's own AdamW and clip_grad_norm_."""
+    """Three clipped steps in which the clip binds, against torch's own AdamW and
+    clip_grad_norm_."""
     engine = make_engine(stage, max_grad_norm=0.05, weight_decay=0.1)
     plain = make_engine().module
     optimizer = build_adamw(plain, OptimizerConfig(learning_rate=0.1, weight_decay=0.1))
@@ -50,7 +51,8 @@ def test_matches_plain_torch_with_clipping(stage):
         optimizer.zero_grad()
         assert norm > 0.05
         assert norm == pytest.approx(float(expected), rel=1e-5)
-    # Clip factors differ in the 1e-6 that guards their division; Adam's normalisation cancels most of it.
+    # Clip factors differ in the 1e-6 that guards their division; Adam's normalisation cancels most
+    # of it.
     for name, tensor in snapshot(engine).items():
         torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-4, atol=1e-5)
 

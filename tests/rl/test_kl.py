@@ -16,7 +16,8 @@ def random_categoricals(seed: int, size: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("size", [2, 7, 100])
 def test_k1_and_k3_are_unbiased(seed, size):
-    """E_pi[k] as an exact sum over the vocabulary, so only rounding remains (no clamp binds here)."""
+    """E_pi[k] as an exact sum over the vocabulary, so only rounding remains (no clamp binds
+    here)."""
     policy, reference = random_categoricals(seed, size)
     exact = (policy.exp() * (policy - reference)).sum()
     for estimator in (k1, k3):

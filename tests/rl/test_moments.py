@@ -21,7 +21,8 @@ def test_any_split_gives_the_moments_of_the_whole(seed, cuts, offset):
     count, mean, _ = combine_moments(parts).tolist()
     assert count == 40
     assert mean == pytest.approx(float(x.mean()), rel=1e-12)
-    # Squared deviations of order 1 around 1e4: 1e-16 * 1e8 of absolute error is the most that rounding explains.
+    # Squared deviations of order 1 around 1e4: 1e-16 * 1e8 of absolute error is the most that
+    # rounding explains.
     assert variance_of(combine_moments(parts)) == pytest.approx(float(x.var()), rel=1e-7)
 
 

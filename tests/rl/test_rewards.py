@@ -58,7 +58,8 @@ def test_normalisation_by_running_moments(how):
 
 
 def test_order_normalise_penalty_clip():
-    """Score 100 at sigma 10 is 10; minus 3 is 7; clipped to 5. Any other order gives another number."""
+    """Score 100 at sigma 10 is 10; minus 3 is 7; clipped to 5. Any other order gives another
+    number."""
     moments = RunningMoments()
     moments.update(torch.tensor([101.0, 0.0, 100.0 * 100.0], dtype=torch.float64))
     config = RewardShapingConfig(normalize="scale", missing_eos_penalty=3.0, clip=5.0)
