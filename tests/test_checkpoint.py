@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -190,3 +191,23 @@ def test_our_own_state_is_json_and_safetensors(tmp_path):
     path = Checkpoints(tmp_path).save(1, state_at(1), tensors={"a": torch.ones(2)})
     assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
     assert json.loads((path / "state.json").read_text())["stage"] == "rlhf"
+
+
+class Payload:
+    """A pickle that runs a program when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_tampered_file_is_not_executed(tmp_path):
+    engine = make_engine(1)
+    engine.save(tmp_path)
+    target = next(tmp_path.rglob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Payload(tmp_path / "executed")}, target)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        make_engine(1).load(tmp_path)
+    assert not (tmp_path / "executed").exists()
