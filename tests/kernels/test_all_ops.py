@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_kernels import native_module
 from hybrid_kernels.ops._dispatch import native_operator
 from hybrid_kernels.testing import (
     OpCase,
@@ -44,6 +45,11 @@ def _with_shapes(cases: list[OpCase]):
     return pytest.mark.parametrize("case, shape", pairs, ids=names)
 
 
+def _factor(case: OpCase) -> float:
+    """The generic copy rounds twice where plain torch, on this processor, fuses."""
+    return case.factor * (2.0 if native_module().isa() == "generic" else 1.0)
+
+
 def _first_shape(case: OpCase) -> str:
     return "odd" if "odd" in case.shapes else case.shapes[0]
 
@@ -53,7 +59,7 @@ def _first_shape(case: OpCase) -> str:
 def test_matches_reference(case: OpCase, shape: str, device: str) -> None:
     args = case.inputs(shape)
     actual = case.function(*to_device(args, device))
-    case.compare(actual, case.reference(*to_double(args)), case.reference(*args), case.factor)
+    case.compare(actual, case.reference(*to_double(args)), case.reference(*args), _factor(case))
 
 
 @_with_shapes(DIFFERENTIABLE)
@@ -61,7 +67,7 @@ def test_gradient_matches_reference(case: OpCase, shape: str) -> None:
     args = case.inputs(shape)
     actual = case.gradients(case.function, args)
     exact = case.gradients(case.reference, to_double(args))
-    as_accurate(actual, exact, case.gradients(case.reference, args), case.factor)
+    as_accurate(actual, exact, case.gradients(case.reference, args), _factor(case))
 
 
 OPERATORS = [(case, operator) for case in CASES for operator in case.operators]

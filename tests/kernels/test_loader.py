@@ -208,6 +208,19 @@ def test_a_lower_instruction_set_can_be_forced() -> None:
     assert "expected generic, avx2 or avx512" in _python(code, HYBRID_KERNELS_ISA="sse").stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["generic", "avx2"])
+def test_operators_are_accurate_on_a_lower_instruction_set(level: str) -> None:
+    """The walk over all operators again, as an older processor would run it."""
+    if level not in [isa.name for isa in _build.target_isas()]:
+        pytest.skip(f"{level} is not compiled for this processor family")
+    walk = Path(__file__).with_name("test_all_ops.py")
+    command = [sys.executable, "-m", "pytest", "-q", str(walk), "-k", "reference"]
+    environment = {**os.environ, "HYBRID_KERNELS_ISA": level}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-2000:]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_and_torch_sets_its_threads(threads) -> None:
     library = native_module().__file__
