@@ -1,4 +1,4 @@
-"""The chunked head: the bits of the unchunked one, its gradients, and no logits of the whole batch."""
+"""The chunked head: bits of the unchunked one, its gradients, no logits of the whole batch."""
 
 from __future__ import annotations
 
