@@ -33,7 +33,8 @@ Enum choice(const py::dict& dict, const char* name, std::initializer_list<std::p
     if (got == text) return value;
     allowed += std::string(allowed.empty() ? "" : ", ") + text;
   }
-  throw py::value_error(std::string("DecodeProgram: spec field '") + name + "' must be one of " + allowed + "; got '" + got + "'");
+  throw py::value_error(std::string("DecodeProgram: spec field '") + name + "' must be one of " + allowed + "; got '" +
+                        got + "'");
 }
 
 DecoderSpec spec_from_dict(const py::dict& dict) {
@@ -79,7 +80,7 @@ TensorView view_of(const std::string& name, const at::Tensor& tensor) {
 
 // One value a token, all responses end to end.
 template <typename T>
-at::Tensor flatten(const std::vector<Response>& responses, std::vector<T> Response::*values, at::ScalarType dtype) {
+at::Tensor flatten(const std::vector<Response>& responses, std::vector<T> Response::* values, at::ScalarType dtype) {
   int64_t size = 0;
   for (const Response& response : responses) size += static_cast<int64_t>((response.*values).size());
   at::Tensor flat = at::empty({size}, dtype);
@@ -222,9 +223,17 @@ void register_program(py::module_& m) {
              std::vector<uint64_t> sample_ids, std::vector<int64_t> stop_tokens, std::vector<double> expected_new,
              int64_t max_batch, int64_t max_prefill_rows, int64_t kv_bytes, bool keep_cache, bool poison_freed_blocks,
              py::object on_progress, py::object on_token) {
-            return program.generate({std::move(prompts), {temperature, top_k, top_p, seed}, samples_per_prompt,
-                                     max_new_tokens, std::move(stop_tokens), std::move(sample_ids),
-                                     std::move(expected_new), max_batch, max_prefill_rows, kv_bytes, keep_cache,
+            return program.generate({std::move(prompts),
+                                     {temperature, top_k, top_p, seed},
+                                     samples_per_prompt,
+                                     max_new_tokens,
+                                     std::move(stop_tokens),
+                                     std::move(sample_ids),
+                                     std::move(expected_new),
+                                     max_batch,
+                                     max_prefill_rows,
+                                     kv_bytes,
+                                     keep_cache,
                                      poison_freed_blocks},
                                     std::move(on_progress), std::move(on_token));
           },
@@ -232,8 +241,7 @@ void register_program(py::module_& m) {
           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("sample_ids"),
           py::arg("stop_tokens"), py::arg("expected_new") = std::vector<double>{}, py::arg("max_batch") = 64,
           py::arg("max_prefill_rows") = 512, py::arg("kv_bytes") = 0, py::arg("keep_cache") = false,
-          py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(),
-          py::arg("on_token") = py::none(),
+          py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(), py::arg("on_token") = py::none(),
           "Returns flat per-token tensors with offsets [samples + 1], finish_reasons and counters.");
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -23,7 +24,8 @@ class Timer {
 // One call of generate(): the loop over passes, and the responses as they grow.
 class Rollout {
  public:
-  Rollout(const GenerateRequest& request, const std::vector<PromptRequest>& queue, Scheduler& scheduler, Forward& forward)
+  Rollout(const GenerateRequest& request, const std::vector<PromptRequest>& queue, Scheduler& scheduler,
+          Forward& forward)
       : request_(request), queue_(queue), scheduler_(scheduler), forward_(forward) {
     result_.responses.resize(request.prompts.size() * request.samples_per_prompt);
   }
@@ -52,7 +54,8 @@ class Rollout {
     draws_.clear();
     std::vector<int64_t> completed;
     for (const PrefillChunk& chunk : chunks) {
-      pass_.add(request_.prompts[chunk.prompt].data() + chunk.start, chunk.start, chunk.rows, *chunk.blocks, chunk.completes);
+      pass_.add(request_.prompts[chunk.prompt].data() + chunk.start, chunk.start, chunk.rows, *chunk.blocks,
+                chunk.completes);
       if (!chunk.completes) continue;
       const int64_t n = request_.samples_per_prompt, row = static_cast<int64_t>(completed.size());
       for (int64_t i = 0; i < n; ++i) draws_.push_back({row, chunk.prompt * n + i});
@@ -97,7 +100,8 @@ class Rollout {
     parallel_for(static_cast<int64_t>(draws_.size()), [&](int64_t i) {
       const Draw& draw = draws_[i];
       const auto position = static_cast<uint32_t>(result_.responses[draw.sample].tokens.size());
-      sampled[i] = sample_row(logits + draw.logit_row * vocab, vocab, request_.rule, request_.sample_ids[draw.sample], position);
+      sampled[i] =
+          sample_row(logits + draw.logit_row * vocab, vocab, request_.rule, request_.sample_ids[draw.sample], position);
     });
     drawn_.clear();
     std::vector<bool> finished(draws_.size());
@@ -108,8 +112,9 @@ class Rollout {
   bool record(int64_t sample, const Sampled& drawn) {
     Response& response = result_.responses[sample];
     if (drawn.token < 0) {
-      throw std::domain_error("generate: the logits for token " + std::to_string(response.tokens.size()) + " of sample " +
-                              std::to_string(sample) + " are no distribution (NaN or infinite): the weights have diverged");
+      throw std::domain_error("generate: the logits for token " + std::to_string(response.tokens.size()) +
+                              " of sample " + std::to_string(sample) +
+                              " are no distribution (NaN or infinite): the weights have diverged");
     }
     response.tokens.push_back(drawn.token);
     response.logprobs.push_back(drawn.logprob);
@@ -117,8 +122,8 @@ class Rollout {
     response.kept_mass.push_back(drawn.kept_mass);
     drawn_.push_back({sample, drawn.token});
     ++tokens_;
-    const bool stopped = std::find(request_.stop_tokens.begin(), request_.stop_tokens.end(), drawn.token) !=
-                         request_.stop_tokens.end();
+    const bool stopped =
+        std::find(request_.stop_tokens.begin(), request_.stop_tokens.end(), drawn.token) != request_.stop_tokens.end();
     const int64_t limit = queue_[sample / request_.samples_per_prompt].max_new;
     if (!stopped && static_cast<int64_t>(response.tokens.size()) < limit) return false;
     response.reason = stopped ? FinishReason::kStop : FinishReason::kLength;
@@ -144,7 +149,8 @@ void require(bool ok, const std::string& message) {
 }
 
 void require_at_least(int64_t least, int64_t value, const char* name) {
-  require(value >= least, std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+  require(value >= least,
+          std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
 }
 
 }  // namespace
@@ -156,20 +162,27 @@ void DecodeProgram::check(const GenerateRequest& request) const {
   require_at_least(1, request.max_batch, "max_batch");
   require_at_least(1, request.max_prefill_rows, "max_prefill_rows");
   require_at_least(0, request.kv_bytes, "kv_bytes");
+  const SamplingRule& rule = request.rule;
+  require(rule.temperature == 0 || (rule.temperature >= kMinTemperature && std::isfinite(rule.temperature)),
+          "temperature must be 0 or at least 1e-6, got " + std::to_string(rule.temperature));
+  require_at_least(0, rule.top_k, "top_k");
+  require(rule.top_p > 0 && rule.top_p <= 1, "top_p must be in (0, 1], got " + std::to_string(rule.top_p));
   const size_t samples = request.prompts.size() * request.samples_per_prompt;
-  require(request.sample_ids.size() == samples, "expected one sample id a sample (" + std::to_string(samples) + "), got " +
-                                                    std::to_string(request.sample_ids.size()));
+  require(request.sample_ids.size() == samples, "expected one sample id a sample (" + std::to_string(samples) +
+                                                    "), got " + std::to_string(request.sample_ids.size()));
   require(request.expected_new.empty() || request.expected_new.size() == request.prompts.size(),
           "expected_new must be empty or have one length a prompt");
   for (size_t i = 0; i < request.prompts.size(); ++i) {
     const std::string name = "prompt " + std::to_string(i);
     const auto length = static_cast<int64_t>(request.prompts[i].size());
     require(length > 0, name + " is empty");
-    require(length < spec_.max_positions, name + " has " + std::to_string(length) + " tokens, which leaves no room for a response in the context of " +
+    require(length < spec_.max_positions, name + " has " + std::to_string(length) +
+                                              " tokens, which leaves no room for a response in the context of " +
                                               std::to_string(spec_.max_positions));
     for (const int64_t token : request.prompts[i]) {
-      require(token >= 0 && token < spec_.vocab_size,
-              name + " has token id " + std::to_string(token) + ", outside the vocabulary of " + std::to_string(spec_.vocab_size));
+      require(token >= 0 && token < spec_.vocab_size, name + " has token id " + std::to_string(token) +
+                                                          ", outside the vocabulary of " +
+                                                          std::to_string(spec_.vocab_size));
     }
   }
 }
@@ -195,8 +208,9 @@ int64_t DecodeProgram::block_count(const std::vector<PromptRequest>& queue, cons
   const int64_t affordable = request.kv_bytes / block_bytes;
   for (size_t i = 0; i < queue.size(); ++i) {
     const int64_t least = Scheduler::least_blocks(queue[i]);
-    require(least <= affordable, "prompt " + std::to_string(i) + " (" + std::to_string(queue[i].prompt_length) + " tokens and up to " +
-                                     std::to_string(queue[i].max_new) + " new ones) needs a KV cache of " + std::to_string(least * block_bytes) +
+    require(least <= affordable, "prompt " + std::to_string(i) + " (" + std::to_string(queue[i].prompt_length) +
+                                     " tokens and up to " + std::to_string(queue[i].max_new) +
+                                     " new ones) needs a KV cache of " + std::to_string(least * block_bytes) +
                                      " bytes, but kv_bytes is " + std::to_string(request.kv_bytes));
   }
   return std::min(enough, affordable);

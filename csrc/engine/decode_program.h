@@ -6,12 +6,12 @@
 #include <optional>
 #include <vector>
 
-#include "sampling/sampling.h"
 #include "engine/forward.h"
 #include "engine/kv_blocks.h"
 #include "engine/scheduler.h"
 #include "engine/spec.h"
 #include "engine/weights.h"
+#include "sampling/sampling.h"
 
 namespace hybrid {
 
@@ -20,14 +20,14 @@ struct GenerateRequest {
   SamplingRule rule;
   int64_t samples_per_prompt = 1;
   int64_t max_new_tokens = 64;
-  std::vector<int64_t> stop_tokens;    // EOS ids and the caller's own; the one that stops is kept in the response
-  std::vector<uint64_t> sample_ids;    // one a sample: its random stream
-  std::vector<double> expected_new;    // one a prompt, or empty: expected response lengths, longest admitted first
-  int64_t max_batch = 64;              // samples decoded together
-  int64_t max_prefill_rows = 512;      // prompt tokens in one pass
-  int64_t kv_bytes = 0;                // budget of the cache; 0: as much as the queue can use
-  bool keep_cache = false;             // keep the cache's memory for the next call
-  bool poison_freed_blocks = false;    // debugging: blocks are NaN until written again
+  std::vector<int64_t> stop_tokens;  // EOS ids and the caller's own; the one that stops is kept in the response
+  std::vector<uint64_t> sample_ids;  // one a sample: its random stream
+  std::vector<double> expected_new;  // one a prompt, or empty: expected response lengths, longest admitted first
+  int64_t max_batch = 64;            // samples decoded together
+  int64_t max_prefill_rows = 512;    // prompt tokens in one pass
+  int64_t kv_bytes = 0;              // budget of the cache; 0: as much as the queue can use
+  bool keep_cache = false;           // keep the cache's memory for the next call
+  bool poison_freed_blocks = false;  // debugging: blocks are NaN until written again
 };
 
 enum class FinishReason : uint8_t { kStop, kLength };

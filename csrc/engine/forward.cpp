@@ -46,8 +46,8 @@ Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& 
 
 int64_t Forward::scratch_bytes() const {
   int64_t bytes = 0;
-  for (const FloatBuffer* buffer : {&hidden_, &delta_, &normed_, &embedded_, &qkv_, &attended_, &mlp_in_, &activated_,
-                                    &low_rank_, &logits_}) {
+  for (const FloatBuffer* buffer :
+       {&hidden_, &delta_, &normed_, &embedded_, &qkv_, &attended_, &mlp_in_, &activated_, &low_rank_, &logits_}) {
     bytes += buffer->bytes();
   }
   return bytes;

@@ -1,6 +1,6 @@
-// The layer walk: one pass of the decoder over packed rows (prefill chunks, decode rows, or both) against the paged cache.
-// It calls the kernels in the order of the training decoder (hybrid_engine/models/decoder.py); as every kernel's row result is
-// independent of the other rows, a token gets the same bits here as there.
+// The layer walk: one pass of the decoder over packed rows (prefill chunks, decode rows, or both) against the paged
+// cache. It calls the kernels in the order of the training decoder (hybrid_engine/models/decoder.py); as every kernel's
+// row result is independent of the other rows, a token gets the same bits here as there.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -33,7 +33,8 @@ struct Pass {
 class Forward {
  public:
   // `spec`, `weights` and `cache` must outlive this object.
-  Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows, int64_t max_logit_rows);
+  Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
+          int64_t max_logit_rows);
 
   // Appends the rows to the cache and returns logits [logit_rows, vocab], valid until the next call.
   float* logits(const Pass& pass);

@@ -21,12 +21,14 @@ int32_t KvBlockPool::allocate() {
 }
 
 void KvBlockPool::retain(int32_t block) {
-  if (references(block) == 0) throw std::logic_error("KvBlockPool::retain: block " + std::to_string(block) + " is free");
+  if (references(block) == 0)
+    throw std::logic_error("KvBlockPool::retain: block " + std::to_string(block) + " is free");
   ++references_[block];
 }
 
 bool KvBlockPool::release(int32_t block) {
-  if (references(block) == 0) throw std::logic_error("KvBlockPool::release: block " + std::to_string(block) + " is free");
+  if (references(block) == 0)
+    throw std::logic_error("KvBlockPool::release: block " + std::to_string(block) + " is free");
   if (--references_[block] > 0) return false;
   free_.push_back(block);
   return true;

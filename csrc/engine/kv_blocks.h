@@ -8,8 +8,8 @@
 
 namespace hybrid {
 
-// Reference counts over block numbers [0, size). The free list is a stack, so recently used (warm, already mapped) blocks
-// come back first. Misuse throws std::logic_error: it is a bug of the caller, never of the user.
+// Reference counts over block numbers [0, size). The free list is a stack, so recently used (warm, already mapped)
+// blocks come back first. Misuse throws std::logic_error: it is a bug of the caller, never of the user.
 class KvBlockPool {
  public:
   explicit KvBlockPool(int64_t size);
@@ -30,8 +30,8 @@ class KvBlockPool {
   int64_t peak_used_ = 0;
 };
 
-// One cache a layer, laid out as KvCacheLayout says. The pages are untouched until a block is first written, so an arena
-// sized for the worst case costs memory only for what is used.
+// One cache a layer, laid out as KvCacheLayout says. The pages are untouched until a block is first written, so an
+// arena sized for the worst case costs memory only for what is used.
 class KvArena {
  public:
   KvArena(const KvCacheLayout& layout, int64_t layers, int64_t blocks);

@@ -15,8 +15,8 @@ int64_t shared_blocks(const PromptRequest& request) { return request.prompt_leng
 
 bool has_partial_block(const PromptRequest& request) { return request.prompt_length % kKvTile != 0; }
 
-// Blocks that one sample allocates beyond the prompt's. The last sample to leave the prompt takes over its partial block;
-// the others copy it. A sample that ends with its first token allocates nothing.
+// Blocks that one sample allocates beyond the prompt's. The last sample to leave the prompt takes over its partial
+// block; the others copy it. A sample that ends with its first token allocates nothing.
 int64_t own_blocks(const PromptRequest& request, bool last) {
   if (request.max_new == 1) return 0;
   const int64_t beyond = blocks_for(max_kv(request)) - shared_blocks(request);
@@ -80,9 +80,10 @@ std::vector<PrefillChunk> Scheduler::next_prefill() {
 }
 
 bool Scheduler::can_admit(const Prompt& prompt) const {
-  // Waiting samples hold memory, so they go first: no new prompt while one waits, and at most the last one admitted has more
-  // samples than there are slots for.
-  return waiting_.empty() && live() + expected_live_ < limits_.max_batch && least_blocks(prompt.request) <= unpromised();
+  // Waiting samples hold memory, so they go first: no new prompt while one waits, and at most the last one admitted has
+  // more samples than there are slots for.
+  return waiting_.empty() && live() + expected_live_ < limits_.max_batch &&
+         least_blocks(prompt.request) <= unpromised();
 }
 
 void Scheduler::admit(Prompt& prompt) {

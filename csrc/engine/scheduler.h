@@ -1,12 +1,12 @@
 // Continuous batching over a known queue of prompts: who is prefilled next, who decodes, and which KV blocks they hold.
 // Knows lengths and blocks, never tokens or weights, so it is tested without a model.
 //
-// Life of a prompt: queued -> prefilling (its blocks are allocated, rows go in chunks) -> its n samples draw their first token
-// from the one prefill -> waiting (hold the prompt's blocks) -> live (own a batch slot) -> retired.
+// Life of a prompt: queued -> prefilling (its blocks are allocated, rows go in chunks) -> its n samples draw their
+// first token from the one prefill -> waiting (hold the prompt's blocks) -> live (own a batch slot) -> retired.
 //
-// Blocks: a prompt is admitted only when its own blocks and the worst case of one of its samples are free beyond what was
-// promised to others; a sample becomes live only when its worst case is. So a live sample always gets its next block, there is
-// no preemption, and every request that fits the pool alone is served eventually.
+// Blocks: a prompt is admitted only when its own blocks and the worst case of one of its samples are free beyond what
+// was promised to others; a sample becomes live only when its worst case is. So a live sample always gets its next
+// block, there is no preemption, and every request that fits the pool alone is served eventually.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -25,10 +25,10 @@ struct PromptRequest {
 };
 
 struct LiveSample {
-  int64_t sample;   // index into the output: samples of a prompt are consecutive
-  int64_t prompt;   // index into the queue
-  int64_t kv_len;   // tokens in the cache
-  int64_t promised; // blocks it may still allocate
+  int64_t sample;    // index into the output: samples of a prompt are consecutive
+  int64_t prompt;    // index into the queue
+  int64_t kv_len;    // tokens in the cache
+  int64_t promised;  // blocks it may still allocate
   std::vector<int32_t> blocks;
 };
 
@@ -36,7 +36,7 @@ struct PrefillChunk {
   int64_t prompt;
   int64_t start, rows;  // prompt tokens [start, start + rows)
   const std::vector<int32_t>* blocks;
-  bool completes;       // the prompt's last token is among them
+  bool completes;  // the prompt's last token is among them
 };
 
 struct SchedulerLimits {

@@ -15,7 +15,7 @@ struct DecoderSpec {
   int64_t heads = 0, kv_heads = 0, head_dim = 0, intermediate_size = 0, max_positions = 0;
   NormKind norm = NormKind::kRms;
   float norm_eps = 0;
-  bool post_norm = false;   // normalise after the residual addition (OPT-350m)
+  bool post_norm = false;  // normalise after the residual addition (OPT-350m)
   bool final_norm = true;
   PositionKind positions = PositionKind::kRotary;
   int64_t position_offset = 0;  // learned: row of position zero
@@ -35,9 +35,7 @@ struct DecoderSpec {
 
   // Rows that each fused projection is made of: one low-rank pair belongs to each.
   std::vector<int64_t> qkv_splits() const { return {q_size(), kv_size(), kv_size()}; }
-  std::vector<int64_t> mlp_in_splits() const {
-    return std::vector<int64_t>(gated_mlp ? 2 : 1, intermediate_size);
-  }
+  std::vector<int64_t> mlp_in_splits() const { return std::vector<int64_t>(gated_mlp ? 2 : 1, intermediate_size); }
 
   void validate() const;  // throws std::invalid_argument naming the field
 };

@@ -37,7 +37,8 @@ class Resolver {
   TensorView table_of_rows(const std::string& name, int64_t cols) {
     const TensorView* view = find(name);
     const std::string expected = "[positions, " + std::to_string(cols) + "]";
-    if (view == nullptr) throw std::invalid_argument("bind: missing parameter '" + name + "', expected shape " + expected);
+    if (view == nullptr)
+      throw std::invalid_argument("bind: missing parameter '" + name + "', expected shape " + expected);
     expect(view->shape.size() == 2 && view->shape[1] == cols, name, expected, *view);
     return *view;
   }
@@ -144,15 +145,16 @@ LinearWeights resolve_head(Resolver& resolver, const DecoderSpec& spec, const fl
   if (!spec.tied_head) return resolver.linear("head", head.N, head.K, head.splits);
   const float* own = resolver.optional("head.weight", {head.N, head.K});
   if (own != nullptr && own != embed_tokens) {
-    throw std::invalid_argument("bind: 'head.weight' of a tied decoder must be the storage of decoder.embed_tokens.weight");
+    throw std::invalid_argument(
+        "bind: 'head.weight' of a tied decoder must be the storage of decoder.embed_tokens.weight");
   }
   head.weight = embed_tokens;
   return head;
 }
 
 int64_t widest_low_rank(const ModelWeights& model) {
-  int64_t widest = std::max({model.head.lora_columns(), model.project_in.lora_columns(),
-                             model.project_out.lora_columns()});
+  int64_t widest =
+      std::max({model.head.lora_columns(), model.project_in.lora_columns(), model.project_out.lora_columns()});
   for (const BlockWeights& block : model.blocks) {
     for (const LinearWeights* linear : {&block.qkv, &block.attn_out, &block.mlp_in, &block.mlp_out}) {
       widest = std::max(widest, linear->lora_columns());

@@ -1,5 +1,5 @@
-// Named tensors resolved once per bind into the pointers that the layer walk reads. Nothing is copied: every pointer is the
-// training module's own storage.
+// Named tensors resolved once per bind into the pointers that the layer walk reads. Nothing is copied: every pointer is
+// the training module's own storage.
 #pragma once
 #include <cstdint>
 #include <map>

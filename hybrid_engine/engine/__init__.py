@@ -1,4 +1,4 @@
-"""One set of weights, two schedules: the hybrid engine, its generation side and its training side."""
+"""One set of weights, two schedules: the hybrid engine generates with them and trains them."""
 
 from hybrid_engine.engine.hybrid import HybridEngine
 from hybrid_engine.engine.rollout import Rollout

@@ -16,9 +16,10 @@ def end_token_ids(model: CausalLM | ForeignCausalLM, tokenizer: Any | None) -> t
     Instruction-tuned models have several: Llama 3 ends a turn with one token and a text with
     another, and both end a response. The tokenizer's own comes first.
     """
-    if not model.native:
-        return _ordered(tokenizer, _as_list(model.hf_model.generation_config.eos_token_id))
-    source = getattr(model, "source", None)  # absent from a model built from a spec alone
+    if isinstance(model, ForeignCausalLM):
+        hf_model: Any = model.hf_model
+        return _ordered(tokenizer, _as_list(hf_model.generation_config.eos_token_id))
+    source: Any = getattr(model, "source", None)  # absent from a model built from a spec alone
     return _ordered(tokenizer, _declared(source) if source is not None else [])
 
 

@@ -1,7 +1,8 @@
 """Generation for families without a native decoder: transformers' own `generate`.
 
-Its random numbers come from torch's generator, seeded anew for each batch, so that, unlike with the
-native program, a sample depends on the batch it is drawn in. Log-probabilities and entropies are not
+Its random numbers come from torch's generator, seeded anew for each batch, so that, unlike with
+the native program, a sample depends on the batch it is drawn in; and the longest prompt of a batch
+decides how much of the context is left for its responses. Log-probabilities and entropies are not
 collected here: the caller gets them from the training forward.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import ForeignCausalLM
 
@@ -36,58 +38,46 @@ class _Streamer:
 
 
 @torch.no_grad()
-def foreign_generate(
-    model: ForeignCausalLM,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    stop_tokens: list[int],
-    sample_ids: list[int],
-    max_batch: int,
-    on_progress: Callable[[int, int, int], None] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Tokens, finish reasons and kept mass, one entry a sample; batches of at most ``max_batch``.
+def foreign_generate(model: ForeignCausalLM, request: Request) -> dict[str, Any]:
+    """Tokens, finish reasons and kept mass, one entry a sample.
 
     ``on_token`` gets a lone sample's tokens as they are drawn, those of several when their batch is
     done: transformers streams single sequences only.
     """
-    rows = [prompt for prompt in prompts for _ in range(params.n)]
+    rows, on_token = request.rows, request.on_token
+    streamer = _Streamer(on_token) if on_token is not None and len(rows) == 1 else None
     result: dict[str, list[Any]] = {"tokens": [], "kept_mass": [], "finish_reasons": []}
-    with torch.random.fork_rng(devices=[]):
-        for start in range(0, len(rows), max_batch):
-            torch.manual_seed((params.seed * 1_000_003 + sample_ids[start]) % 2**63)
-            streamer = _Streamer(on_token) if on_token is not None and len(rows) == 1 else None
-            _generate_batch(model, rows[start : start + max_batch], params, stop_tokens, result, streamer)
+    with torch.random.fork_rng(devices=[]), _plain_defaults(model.hf_model):
+        for start in range(0, len(rows), request.max_batch):
+            torch.manual_seed((request.params.seed * 1_000_003 + request.sample_ids[start]) % 2**63)
+            batch = rows[start : start + request.max_batch]
+            _generate_batch(model, batch, request, result, streamer)
             if on_token is not None and streamer is None:
-                for sample in range(start, len(result["tokens"])):
+                for sample in range(start, start + len(batch)):
                     for token in result["tokens"][sample]:
                         on_token(sample, token)
-            if on_progress is not None:
-                on_progress(len(result["tokens"]), len(rows), sum(map(len, result["tokens"])))
+            if request.on_progress is not None:
+                drawn = sum(map(len, result["tokens"]))
+                request.on_progress(len(result["tokens"]), len(rows), drawn)
     return {**result, "counters": {}}
 
 
 def _generate_batch(
     model: ForeignCausalLM,
     rows: list[list[int]],
-    params: SamplingParams,
-    stop_tokens: list[int],
+    request: Request,
     result: dict[str, list[Any]],
     streamer: _Streamer | None,
 ) -> None:
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    with _plain_defaults(model.hf_model):
-        output = model.hf_model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            streamer=streamer,
-            **_options(model, longest, params, stop_tokens),
-        )
-    mass = _kept_mass(output, params)
+    options = _options(model, longest, request.params, request.stop_tokens)
+    hf_model: Any = model.hf_model
+    output = hf_model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
+    mass = _kept_mass(output, request.params)
     for i, response in enumerate(output.sequences[:, longest:].tolist()):
-        ends = [place for place, token in enumerate(response) if token in stop_tokens]
+        ends = [place for place, token in enumerate(response) if token in request.stop_tokens]
         length = ends[0] + 1 if ends else len(response)
         result["tokens"].append(response[:length])
         result["kept_mass"].append(mass[i, :length].tolist())
@@ -96,8 +86,10 @@ def _generate_batch(
 
 @contextmanager
 def _plain_defaults(hf_model: Any) -> Iterator[None]:
-    """Without the model's own generation config: a repetition penalty in it would change what is sampled
-    and not what is scored."""
+    """Sets the model's own generation config aside.
+
+    A repetition penalty in it would change what is sampled, and not what is scored.
+    """
     from transformers import GenerationConfig
 
     own, hf_model.generation_config = hf_model.generation_config, GenerationConfig()
@@ -110,7 +102,9 @@ def _plain_defaults(hf_model: Any) -> Iterator[None]:
 def _options(
     model: ForeignCausalLM, longest: int, params: SamplingParams, stop_tokens: list[int]
 ) -> dict[str, Any]:
-    context = getattr(model.hf_model.config, "max_position_embeddings", longest + params.max_new_tokens)
+    context = getattr(
+        model.hf_model.config, "max_position_embeddings", longest + params.max_new_tokens
+    )
     options: dict[str, Any] = {
         "max_new_tokens": min(params.max_new_tokens, context - longest),
         "do_sample": not params.greedy,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hybrid_kernels import native_module
 from torch import Tensor
 
+from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
 from hybrid_engine.models.decoder import alibi_slopes
+from hybrid_kernels import native_module
 
 
 class ProgramBuilder:
@@ -32,7 +33,9 @@ class ProgramBuilder:
             UserError: parameters that the CPU kernels cannot read.
         """
         spec = self.model.spec
-        tensors = {name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)}
+        tensors = {
+            name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
         for name, tensor in tensors.items():
             _check_readable(name, tensor)
         if spec.rope is not None:
@@ -53,6 +56,45 @@ class ProgramBuilder:
     def bind(self, program: Any, longest: int) -> None:
         """Point the program at the parameters as they lie now."""
         program.bind(self.tensors(longest), self.lora_scales())
+
+
+class NativeGenerator:
+    """Runs the C++ program on a module's own parameters."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.builder = ProgramBuilder(model)
+        self.program = self.builder.build()
+
+    def generate(self, request: Request) -> dict[str, Any]:
+        """Binds the parameters as they lie now and generates; the KV cache is kept.
+
+        Raises:
+            UserError: a request that does not fit, or weights that give no finite logits.
+        """
+        longest = max((len(prompt) for prompt in request.prompts), default=0)
+        longest += request.params.max_new_tokens
+        self.builder.bind(self.program, min(longest, self.builder.model.spec.max_positions))
+        try:
+            return run_program(
+                self.program,
+                request.prompts,
+                request.params,
+                request.stop_tokens,
+                sample_ids=request.sample_ids,
+                expected_new=list(request.expected_lengths),
+                max_batch=request.max_batch,
+                kv_bytes=request.kv_bytes,
+                keep_cache=True,
+                on_progress=request.on_progress,
+                on_token=request.on_token,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def release(self) -> None:
+        """Lets go of the parameters, which would otherwise stay gathered, and of the cache."""
+        self.program.unbind()
+        self.program.release_cache()
 
 
 def run_program(

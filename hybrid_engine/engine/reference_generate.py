@@ -1,21 +1,21 @@
 """Generation by recomputing every sequence for every token: slow, short, and without a cache.
 
-It serves where there is no compiler for the native library, and as the oracle of its tests: the same
-arguments give the same tokens.
+It serves where there is no compiler for the native library, and as the oracle of its tests: the
+same arguments give the same tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hybrid_kernels import ops
 from torch import Tensor
 
+from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import CausalLM, last_rows, pack
+from hybrid_kernels import ops
 
 
 @dataclass
@@ -32,34 +32,26 @@ class _Sample:
 
 
 @torch.no_grad()
-def reference_generate(
-    model: CausalLM,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    stop_tokens: list[int],
-    sample_ids: list[int],
-    max_batch: int,
-    on_progress: Callable[[int, int, int], None] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Same results as :func:`hybrid_engine.engine.program.run_program`, one list a sample."""
-    context = model.spec.max_positions
+def reference_generate(model: CausalLM, request: Request) -> dict[str, Any]:
+    """Same results as `NativeGenerator`, one list a sample."""
+    params, rows = request.params, request.rows
+    room = [model.spec.max_positions - len(prompt) for prompt in rows]
     samples = [
-        _Sample(i * params.n + j, prompt, sample_ids[i * params.n + j], min(params.max_new_tokens, context - len(prompt)))
-        for i, prompt in enumerate(prompts)
-        for j in range(params.n)
+        _Sample(i, prompt, request.sample_ids[i], min(params.max_new_tokens, room[i]))
+        for i, prompt in enumerate(rows)
     ]
-    waiting, live, drawn = list(reversed(samples)), [], 0
+    waiting, live, drawn = list(reversed(samples)), list[_Sample](), 0
     while waiting or live:
-        while waiting and len(live) < max_batch:
+        while waiting and len(live) < request.max_batch:
             live.append(waiting.pop())
-        _append(live, _draw(model, live, params), frozenset(stop_tokens))
+        _append(live, _draw(model, live, params), frozenset(request.stop_tokens))
         drawn += len(live)
-        for sample in live if on_token is not None else ():
-            on_token(sample.place, sample.tokens[-1])
+        if request.on_token is not None:
+            for sample in live:
+                request.on_token(sample.place, sample.tokens[-1])
         live = [sample for sample in live if not sample.reason]
-        if on_progress is not None:
-            on_progress(len(samples) - len(waiting) - len(live), len(samples), drawn)
+        if request.on_progress is not None:
+            request.on_progress(len(samples) - len(waiting) - len(live), len(samples), drawn)
     columns = ("tokens", "logprobs", "entropies", "kept_mass")
     result: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in columns}
     return {**result, "finish_reasons": [s.reason for s in samples], "counters": {}}
@@ -84,7 +76,9 @@ def _append(live: list[_Sample], drawn: Any, stop_tokens: frozenset[int]) -> Non
     columns = (drawn.token, drawn.logprob, drawn.entropy, drawn.kept_mass)
     for sample, *values in zip(live, *(column.tolist() for column in columns), strict=True):
         for row, value in zip(
-            (sample.tokens, sample.logprobs, sample.entropies, sample.kept_mass), values, strict=True
+            (sample.tokens, sample.logprobs, sample.entropies, sample.kept_mass),
+            values,
+            strict=True,
         ):
             row.append(value)
         if sample.tokens[-1] in stop_tokens:

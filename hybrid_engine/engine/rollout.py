@@ -109,4 +109,4 @@ class Rollout:
 
 
 def _flat(rows: list[list[int]] | list[list[float]]) -> list[int] | list[float]:
-    return [value for row in rows for value in row]  # type: ignore[return-value]
+    return [value for row in rows for value in row]

@@ -41,7 +41,9 @@ class SamplingParams:
         _require(self.n >= 1, "n", self.n, "at least 1")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         usable = self.temperature == 0 or _MIN_TEMPERATURE <= self.temperature < math.inf
-        _require(usable, "temperature", self.temperature, f"0 (greedy) or at least {_MIN_TEMPERATURE}")
+        _require(
+            usable, "temperature", self.temperature, f"0 (greedy) or at least {_MIN_TEMPERATURE}"
+        )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")

@@ -1,4 +1,4 @@
-"""Tiny seeded models with weights large enough to have opinions: an untrained initialisation is nearly uniform."""
+"""Tiny seeded models with large weights: an untrained initialisation is nearly uniform."""
 
 from __future__ import annotations
 

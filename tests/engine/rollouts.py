@@ -11,9 +11,16 @@ from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import CausalLM
 
 COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass", "finish_reasons")
+# Arguments of DecodeProgram.generate for one greedy sample.
+ONE_GREEDY: dict[str, Any] = {
+    "samples_per_prompt": 1, "max_new_tokens": 8, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+    "seed": 0, "sample_ids": [0], "stop_tokens": [],
+}  # fmt: skip
 
 
-def random_prompts(count: int, seed: int = 0, longest: int = 90, vocab: int = 256) -> list[list[int]]:
+def random_prompts(
+    count: int, seed: int = 0, longest: int = 90, vocab: int = 256
+) -> list[list[int]]:
     rng = random.Random(seed)
     lengths = [1, 63, 64, 65] + [rng.randrange(1, longest) for _ in range(count)]
     return [[rng.randrange(vocab) for _ in range(length)] for length in lengths[:count]]

@@ -1,4 +1,7 @@
-"""Plays the model for a scheduler: every cache place holds (sample or prompt, position), so a wrong block table shows."""
+"""Plays the model for a scheduler.
+
+Every place of the cache holds (sample or prompt, position), so a wrong block table shows.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,15 @@ Place = tuple[int, int]  # block, offset
 
 @dataclass
 class Cache:
-    """What was written where. A prompt's tokens are ("prompt", p, position), a sample's ("sample", s, position)."""
+    """What was written where: ("prompt", prompt, position) or ("sample", sample, position)."""
 
     places: dict[Place, tuple[str, int, int]] = field(default_factory=dict)
     copies: int = 0
 
     def copy(self, source: int, target: int) -> None:
-        assert not any(block == target for block, _ in self.places), "a block is copied over live data"
+        assert not any(block == target for block, _ in self.places), (
+            "a block is copied over live data"
+        )
         for (block, offset), value in list(self.places.items()):
             if block == source:
                 self.places[target, offset] = value
@@ -55,7 +60,9 @@ def play(requests: list[Request], max_batch: int, max_prefill_rows: int, blocks:
     """Runs the queue to its end, checking every block table on every pass."""
     native = native_module()
     pool, cache = native.KvBlockPool(blocks), Cache()
-    queue = [native.PromptRequest(r.prompt_length, r.max_new, r.samples, r.expected) for r in requests]
+    queue = [
+        native.PromptRequest(r.prompt_length, r.max_new, r.samples, r.expected) for r in requests
+    ]
     scheduler = native.Scheduler(queue, max_batch, max_prefill_rows, pool, cache.copy, cache.freed)
     player = _Player(requests, cache, max_batch, max_prefill_rows)
     while not scheduler.done:
@@ -67,14 +74,18 @@ def play(requests: list[Request], max_batch: int, max_prefill_rows: int, blocks:
             assert 0 <= scheduler.promised <= pool.available
         else:
             assert scheduler.done, "nothing is live, nothing can be admitted"
-    assert pool.used == 0 and scheduler.promised == 0 and not cache.places
+    assert pool.used == 0
+    assert scheduler.promised == 0
+    assert not cache.places
     trace = player.trace
     trace.copies, trace.peak_blocks = cache.copies, pool.peak_used
     return trace
 
 
 class _Player:
-    def __init__(self, requests: list[Request], cache: Cache, max_batch: int, max_prefill_rows: int) -> None:
+    def __init__(
+        self, requests: list[Request], cache: Cache, max_batch: int, max_prefill_rows: int
+    ) -> None:
         self.requests, self.cache = requests, cache
         self.max_batch, self.max_prefill_rows = max_batch, max_prefill_rows
         self.first = [sum(r.samples for r in requests[:i]) for i in range(len(requests))]
@@ -133,7 +144,9 @@ class _Player:
 
     def _append(self, sample: object) -> None:
         position = sample.kv_len - 1
-        assert position == self.requests[sample.prompt].prompt_length + self.drawn[sample.sample] - 1
+        assert (
+            position == self.requests[sample.prompt].prompt_length + self.drawn[sample.sample] - 1
+        )
         place = (sample.blocks[position // TILE], position % TILE)
         assert place not in self.cache.places, "a token is written over another one"
         self.cache.places[place] = ("sample", sample.sample, position)

@@ -1,4 +1,4 @@
-"""What generation captured against what the training forward recomputes, and against other generators."""
+"""What generation captured, against the training forward and against other generators."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybrid_engine.engine import HybridEngine, SamplingParams
 from hybrid_engine.engine.reference_generate import reference_generate
+from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.models import CausalLM
 from tests.engine.rollouts import random_prompts, run
@@ -22,7 +23,9 @@ def flat(values: list[list[float]] | list[Tensor]) -> Tensor:
     return torch.cat([torch.as_tensor(row) for row in values])
 
 
-def rescored(model: CausalLM, rollout: Rollout, temperature: float, score_tokens: int = 200) -> Tensor:
+def rescored(
+    model: CausalLM, rollout: Rollout, temperature: float, score_tokens: int = 200
+) -> Tensor:
     """The training forward's log-probabilities, in passes unlike those of generation."""
     engine = HybridEngine(model, None, score_tokens=score_tokens)
     return flat(engine.token_logprobs(rollout.sequences, rollout.prompt_lengths, temperature))
@@ -30,7 +33,9 @@ def rescored(model: CausalLM, rollout: Rollout, temperature: float, score_tokens
 
 @pytest.mark.parametrize("max_batch", [1, 16])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_captured_logprobs_are_those_of_training(model: CausalLM, max_batch: int, temperature: float) -> None:
+def test_captured_logprobs_are_those_of_training(
+    model: CausalLM, max_batch: int, temperature: float
+) -> None:
     params = SamplingParams(n=2, max_new_tokens=40, temperature=temperature)
     rollout = run(model, PROMPTS, params, STOPS, max_batch=max_batch, max_prefill_rows=50)
     assert torch.equal(flat(rollout.logprobs), rescored(model, rollout, temperature))
@@ -43,7 +48,9 @@ def test_captured_logprobs_with_adapters(lora_model: CausalLM) -> None:
     for name, parameter in lora_model.named_parameters():
         if name.endswith("lora_b"):
             parameter.data.zero_()
-    assert (rescored(lora_model, rollout, 1.0) - again).abs().max() > 1e-3  # the adapters did something
+    assert (
+        rescored(lora_model, rollout, 1.0) - again
+    ).abs().max() > 1e-3  # the adapters did something
 
 
 def test_greedy_logprobs_are_at_temperature_one(llama: CausalLM) -> None:
@@ -66,11 +73,12 @@ def test_entropies_are_those_of_training(llama: CausalLM) -> None:
 def test_same_tokens_as_recomputing_every_sequence(model: CausalLM, params: SamplingParams) -> None:
     native = run(model, PROMPTS, params, STOPS, max_batch=5)
     ids = list(range(len(PROMPTS) * params.n))
-    slow = Rollout(
-        prompts=PROMPTS, n=params.n, **reference_generate(model, PROMPTS, params, list(STOPS), ids, max_batch=3)
-    )
-    assert slow.tokens == native.tokens and slow.finish_reasons == native.finish_reasons
-    assert slow.logprobs == native.logprobs and slow.kept_mass == native.kept_mass
+    request = Request(PROMPTS, params, list(STOPS), ids, max_batch=3)
+    slow = Rollout(prompts=PROMPTS, n=params.n, **reference_generate(model, request))
+    assert slow.tokens == native.tokens
+    assert slow.finish_reasons == native.finish_reasons
+    assert slow.logprobs == native.logprobs
+    assert slow.kept_mass == native.kept_mass
 
 
 def greedy_by_transformers(hf_model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
@@ -81,7 +89,9 @@ def greedy_by_transformers(hf_model: torch.nn.Module, prompt: list[int], count: 
     return output[0, len(prompt) :].tolist()
 
 
-def test_greedy_tokens_are_those_of_transformers(family: str, tiny_directories: dict[str, Path]) -> None:
+def test_greedy_tokens_are_those_of_transformers(
+    family: str, tiny_directories: dict[str, Path]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     directory = tiny_directories[family]

@@ -1,4 +1,4 @@
-"""A family without a native decoder generates through transformers; training's forward scores it."""
+"""A family without a native decoder: transformers generates, the training forward scores."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROMPTS = random_prompts(5, longest=20)
 
 @pytest.fixture(scope="module")
 def neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained, but opinionated; its generation config would change what is sampled, were it heard."""
+    """Its generation config would change what is sampled, were it heard."""
     directory, tokenizer = tmp_path_factory.mktemp("neox"), make_tiny_tokenizer()
     config = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=128, bos_token_id=256, eos_token_id=257,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -41,7 +41,9 @@ def engine(neox: Path) -> HybridEngine:
         return HybridEngine.from_pretrained(neox, max_batch=4)
 
 
-def exact_logprobs(neox: Path, sequence: list[int], prompt: int, temperature: float) -> torch.Tensor:
+def exact_logprobs(
+    neox: Path, sequence: list[int], prompt: int, temperature: float
+) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(neox, dtype=torch.float64)
     logits = model(torch.tensor([sequence])).logits[0, prompt - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(sequence[prompt:])[:, None])[:, 0]
@@ -49,15 +51,20 @@ def exact_logprobs(neox: Path, sequence: list[int], prompt: int, temperature: fl
 
 def test_logprobs_are_those_of_the_plain_model(engine: HybridEngine, neox: Path) -> None:
     rollout = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=12, temperature=0.8))
-    assert len(rollout) == 10 and rollout.truncated_fraction > 0
+    assert len(rollout) == 10
+    assert rollout.truncated_fraction > 0
     for i, sequence in enumerate(rollout.sequences):
         exact = exact_logprobs(neox, sequence, rollout.prompt_lengths[i], 0.8)
-        torch.testing.assert_close(torch.tensor(rollout.logprobs[i]).double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(rollout.logprobs[i]).double(), exact, rtol=1e-4, atol=1e-4
+        )
     assert all(mass == 1.0 for row in rollout.kept_mass for mass in row)
 
 
 def test_greedy_tokens_are_the_most_likely_ones(engine: HybridEngine, neox: Path) -> None:
-    rollout = engine.generate(PROMPTS, SamplingParams(max_new_tokens=10, temperature=0.0, ignore_eos=True))
+    rollout = engine.generate(
+        PROMPTS, SamplingParams(max_new_tokens=10, temperature=0.0, ignore_eos=True)
+    )
     model = AutoModelForCausalLM.from_pretrained(neox, dtype=torch.float32)
     for sequence, prompt in zip(rollout.sequences, rollout.prompt_lengths):
         best = model(torch.tensor([sequence])).logits[0, prompt - 1 : -1].argmax(-1)
@@ -70,7 +77,9 @@ def test_kept_mass_of_truncated_sampling(engine: HybridEngine) -> None:
     for i, sequence in enumerate(rollout.sequences):
         logits = engine.model.logits(pack([sequence]))[rollout.prompt_lengths[i] - 1 : -1]
         expected = logits.softmax(-1).topk(5).values.sum(-1)
-        torch.testing.assert_close(torch.tensor(rollout.kept_mass[i]), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(rollout.kept_mass[i]), expected, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_stop_token_is_kept_and_ends_the_response(engine: HybridEngine) -> None:
@@ -85,7 +94,8 @@ def test_a_stop_token_is_kept_and_ends_the_response(engine: HybridEngine) -> Non
 
 def test_the_same_seed_gives_the_same_samples(engine: HybridEngine) -> None:
     first, again, other = (
-        engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, seed=seed)).tokens for seed in (1, 1, 2)
+        engine.generate(PROMPTS, SamplingParams(max_new_tokens=8, seed=seed)).tokens
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -93,6 +103,8 @@ def test_the_same_seed_gives_the_same_samples(engine: HybridEngine) -> None:
 def test_a_lone_sample_streams(engine: HybridEngine) -> None:
     streamed: list[int] = []
     rollout = engine.generate(
-        PROMPTS[:1], SamplingParams(max_new_tokens=8), on_token=lambda _, token: streamed.append(token)
+        PROMPTS[:1],
+        SamplingParams(max_new_tokens=8),
+        on_token=lambda _, token: streamed.append(token),
     )
     assert streamed == rollout.tokens[0]

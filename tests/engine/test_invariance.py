@@ -24,19 +24,28 @@ def usual(model: CausalLM) -> Rollout:
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_batch_size(model: CausalLM, usual: Rollout, max_batch: int) -> None:
     assert len(set(map(len, usual.tokens))) > 3  # the lengths are ragged: slots are refilled
-    assert_same(run(model, PROMPTS, SamplingParams(max_new_tokens=40), STOPS, max_batch=max_batch), usual)
+    assert_same(
+        run(model, PROMPTS, SamplingParams(max_new_tokens=40), STOPS, max_batch=max_batch), usual
+    )
 
 
 @pytest.mark.parametrize("max_prefill_rows", [1, 17, 64, 100])
 def test_chunked_prefill(model: CausalLM, usual: Rollout, max_prefill_rows: int) -> None:
     params = SamplingParams(max_new_tokens=40)
-    assert_same(run(model, PROMPTS, params, STOPS, max_batch=5, max_prefill_rows=max_prefill_rows), usual)
+    assert_same(
+        run(model, PROMPTS, params, STOPS, max_batch=5, max_prefill_rows=max_prefill_rows), usual
+    )
 
 
 def test_order_of_the_queue(model: CausalLM, usual: Rollout) -> None:
     order = random.Random(1).sample(range(len(PROMPTS)), len(PROMPTS))
     shuffled = run(
-        model, [PROMPTS[i] for i in order], SamplingParams(max_new_tokens=40), STOPS, sample_ids=order, max_batch=4
+        model,
+        [PROMPTS[i] for i in order],
+        SamplingParams(max_new_tokens=40),
+        STOPS,
+        sample_ids=order,
+        max_batch=4,
     )
     assert_same(shuffled, usual.select(order))
 
@@ -51,7 +60,9 @@ def test_expected_lengths_change_the_order_only(model: CausalLM, usual: Rollout)
 def test_a_small_cache(model: CausalLM, usual: Rollout) -> None:
     params = SamplingParams(max_new_tokens=40)
     block = usual.counters["block_bytes"]
-    tight = run(model, PROMPTS, params, STOPS, max_batch=16, kv_bytes=5 * block, poison_freed_blocks=True)
+    tight = run(
+        model, PROMPTS, params, STOPS, max_batch=16, kv_bytes=5 * block, poison_freed_blocks=True
+    )
     assert_same(tight, usual)
     assert tight.counters["peak_blocks"] <= 5 < usual.counters["peak_blocks"]
 
@@ -65,9 +76,16 @@ def test_poisoned_blocks_are_never_read(model: CausalLM, usual: Rollout) -> None
 def test_forked_samples_equal_separate_prompts(model: CausalLM, max_batch: int) -> None:
     prompts = PROMPTS[:5]
     forked = run(
-        model, prompts, SamplingParams(n=4, max_new_tokens=30), STOPS, max_batch=max_batch, poison_freed_blocks=True
+        model,
+        prompts,
+        SamplingParams(n=4, max_new_tokens=30),
+        STOPS,
+        max_batch=max_batch,
+        poison_freed_blocks=True,
     )
-    repeated = run(model, [p for p in prompts for _ in range(4)], SamplingParams(max_new_tokens=30), STOPS)
+    repeated = run(
+        model, [p for p in prompts for _ in range(4)], SamplingParams(max_new_tokens=30), STOPS
+    )
     for name in ("tokens", "logprobs", "entropies"):
         assert getattr(forked, name) == getattr(repeated, name)
     assert forked.counters["prefill_tokens"] * 4 == repeated.counters["prefill_tokens"]
@@ -85,7 +103,9 @@ def test_truncated_sampling(llama: CausalLM) -> None:
     together = run(llama, PROMPTS, params, STOPS, max_batch=16)
     assert_same(run(llama, PROMPTS, params, STOPS, max_batch=1), together)
     kept = torch.tensor([mass for row in together.kept_mass for mass in row])
-    assert (kept > 0).all() and (kept <= 1).all() and (kept < 1).any()
+    assert (kept > 0).all()
+    assert (kept <= 1).all()
+    assert (kept < 1).any()
 
 
 def test_seed_and_sample_id_choose_the_stream(llama: CausalLM) -> None:
@@ -93,4 +113,7 @@ def test_seed_and_sample_id_choose_the_stream(llama: CausalLM) -> None:
     first = run(llama, [PROMPTS[3]] * 2, params)
     assert first.tokens[0] != first.tokens[1]  # ids 0 and 1
     assert run(llama, [PROMPTS[3]] * 2, params, sample_ids=[7, 0]).tokens[1] == first.tokens[0]
-    assert run(llama, [PROMPTS[3]], SamplingParams(max_new_tokens=20, seed=1)).tokens[0] != first.tokens[0]
+    assert (
+        run(llama, [PROMPTS[3]], SamplingParams(max_new_tokens=20, seed=1)).tokens[0]
+        != first.tokens[0]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from hybrid_kernels import native_module
 
 KvBlockPool = native_module().KvBlockPool
@@ -19,7 +20,8 @@ def test_random_traffic_matches_a_dictionary(seed: int) -> None:
         action = rng.random()
         if action < 0.4 and len(model) < size:
             block = pool.allocate()
-            assert block not in model and 0 <= block < size
+            assert block not in model
+            assert 0 <= block < size
             model[block] = 1
         elif action < 0.6 and model:
             block = rng.choice(list(model))
@@ -32,7 +34,8 @@ def test_random_traffic_matches_a_dictionary(seed: int) -> None:
             if model[block] == 0:
                 del model[block]
         peak = max(peak, len(model))
-        assert pool.used == len(model) and pool.available == size - len(model)
+        assert pool.used == len(model)
+        assert pool.available == size - len(model)
         assert all(pool.references(block) == model.get(block, 0) for block in range(size))
     assert pool.peak_used == peak
 

@@ -1,4 +1,4 @@
-"""Two ranks under ZeRO-3 that generate unequally long: nothing waits for the other inside generation()."""
+"""Two ranks under ZeRO-3 generate unequally long: inside generation() neither waits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def uneven(directory: str) -> dict[str, list]:
     """Rank 0 makes one long rollout, rank 1 three short ones; then both score."""
     model = load_causal_lm(Path(directory, "model"))
     config = OptimizerConfig(learning_rate=0.05, schedule="constant", warmup_ratio=0.0)
-    engine = HybridEngine(model, None, TrainEngine(model, config, 1, {"zero_optimization": {"stage": 3}}))
+    engine = HybridEngine(
+        model, None, TrainEngine(model, config, 1, {"zero_optimization": {"stage": 3}})
+    )
     share = {0: [0], 1: [1, 2, 3]}[rank()]
     params = SamplingParams(max_new_tokens=120 if rank() == 0 else 5)
     with engine.generation():
@@ -40,7 +42,9 @@ def test_zero3_ranks_of_unequal_rollouts(tmp_path: Path) -> None:
     first, second = results_of(f"{__name__}:uneven", 2, tmp_path)
     alone = HybridEngine(load_causal_lm(tmp_path / "model"), None)
     expected = [
-        alone.generate([prompt], SamplingParams(max_new_tokens=120 if i == 0 else 5), sample_ids=[i])
+        alone.generate(
+            [prompt], SamplingParams(max_new_tokens=120 if i == 0 else 5), sample_ids=[i]
+        )
         for i, prompt in enumerate(PROMPTS)
     ]
     for found in (first, second):

@@ -36,7 +36,12 @@ def test_views(rollout: Rollout) -> None:
 def test_padded_tensors(rollout: Rollout) -> None:
     assert rollout.mask().int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
     assert rollout.padded_logprobs().tolist() == [[-1, -2, -3], [-4, 0, 0], [-5, -6, 0], [-7, 0, 0]]
-    assert rollout.padded_tokens(99).tolist() == [[10, 11, 12], [13, 99, 99], [14, 15, 99], [16, 99, 99]]
+    assert rollout.padded_tokens(99).tolist() == [
+        [10, 11, 12],
+        [13, 99, 99],
+        [14, 15, 99],
+        [16, 99, 99],
+    ]
     expected = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0, 0], [0.5, 0.6, 0], [0.7, 0, 0]])
     assert torch.equal(rollout.padded_entropies(), expected)
 
@@ -45,13 +50,15 @@ def test_select_takes_prompts_with_their_samples(rollout: Rollout) -> None:
     part = rollout.select([1, 0])
     assert part.prompts == [[3], [1, 2]]
     assert part.tokens == [[14, 15], [16], [10, 11, 12], [13]]
-    assert part.kept_mass[0] == [0.5, 0.5] and part.finish_reasons[2] == "length"
+    assert part.kept_mass[0] == [0.5, 0.5]
+    assert part.finish_reasons[2] == "length"
     assert len(rollout.select([])) == 0
 
 
 def test_an_empty_rollout_has_empty_tensors() -> None:
     empty = Rollout([], [], [], [], [], [])
-    assert empty.padded_logprobs().shape == (0, 0) and empty.lengths.shape == (0,)
+    assert empty.padded_logprobs().shape == (0, 0)
+    assert empty.lengths.shape == (0,)
 
 
 def test_columns_of_unequal_length_are_refused() -> None:
@@ -62,9 +69,9 @@ def test_columns_of_unequal_length_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("n", 0), ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf),
-        ("temperature", 1e-7), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("seed", -1), ("seed", 2**63),
-        ("stop_token_ids", [3, -2]),
+        ("n", 0), ("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan),
+        ("temperature", math.inf), ("temperature", 1e-7), ("top_k", -1), ("top_p", 0.0),
+        ("top_p", 1.1), ("seed", -1), ("seed", 2**63), ("stop_token_ids", [3, -2]),
     ],
 )  # fmt: skip
 def test_sampling_parameters_out_of_range_are_named(name: str, value: object) -> None:
@@ -74,7 +81,10 @@ def test_sampling_parameters_out_of_range_are_named(name: str, value: object) ->
 
 def test_sampling_parameters_say_what_they_mean() -> None:
     greedy = SamplingParams(temperature=0.0, stop_token_ids=[4, 5])
-    assert greedy.greedy and greedy.scoring_temperature == 1.0 and greedy.stop_token_ids == (4, 5)
+    assert greedy.greedy
+    assert greedy.scoring_temperature == 1.0
+    assert greedy.stop_token_ids == (4, 5)
     assert not SamplingParams().truncated
-    assert SamplingParams(top_k=3).truncated and SamplingParams(top_p=0.9).truncated
+    assert SamplingParams(top_k=3).truncated
+    assert SamplingParams(top_p=0.9).truncated
     assert SamplingParams(temperature=0.5).scoring_temperature == 0.5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from hybrid_kernels import native_module
 
+from hybrid_kernels import native_module
 from tests.engine.scheduler_oracle import Request, play, random_requests
 
 Scheduler, PromptRequest = native_module().Scheduler, native_module().PromptRequest
@@ -38,7 +38,8 @@ def test_more_blocks_than_enough_change_nothing(seed: int) -> None:
     max_batch = rng.randrange(1, 9)
     blocks = enough(requests, max_batch)
     lean, rich = (play(requests, max_batch, 64, count) for count in (blocks, 10 * blocks))
-    assert lean.finished == rich.finished and lean.decode_steps == rich.decode_steps
+    assert lean.finished == rich.finished
+    assert lean.decode_steps == rich.decode_steps
     assert lean.peak_blocks == rich.peak_blocks <= blocks
 
 
@@ -65,7 +66,8 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples() -> None:
 def test_samples_of_a_prompt_of_whole_blocks_copy_nothing() -> None:
     requests = [Request(128, 3, 4, [3] * 4)]
     trace = play(requests, max_batch=4, max_prefill_rows=512, blocks=enough(requests, 4))
-    assert trace.copies == 0 and trace.peak_blocks == 2 + 4
+    assert trace.copies == 0
+    assert trace.peak_blocks == 2 + 4
 
 
 def test_more_samples_than_slots_wait_with_the_prompt_in_the_cache() -> None:
@@ -85,13 +87,15 @@ def test_the_least_pool_serves_one_sample_at_a_time() -> None:
     blocks = native(requests[0]).least_blocks
     trace = play(requests, max_batch=8, max_prefill_rows=512, blocks=blocks)
     assert trace.peak_blocks == blocks == 4  # the prompt's two, a copy of its second, one more
-    assert trace.peak_live == 1 and trace.decode_steps == 12 * 65
+    assert trace.peak_live == 1
+    assert trace.decode_steps == 12 * 65
 
 
 def test_one_token_responses_need_no_slot_and_no_further_block() -> None:
     requests = [Request(64, 1, 5, [1] * 5), Request(64, 9, 2, [1, 1])]
     trace = play(requests, max_batch=1, max_prefill_rows=512, blocks=3)
-    assert trace.decode_steps == 0 and sorted(trace.finished) == list(range(7))
+    assert trace.decode_steps == 0
+    assert sorted(trace.finished) == list(range(7))
 
 
 def test_an_empty_queue_is_done() -> None:

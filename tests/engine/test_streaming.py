@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from hybrid_engine.engine import HybridEngine, SamplingParams
 from hybrid_engine.engine.reference_generate import reference_generate
+from hybrid_engine.engine.request import Request
 from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 PROMPTS = [[10, 11, 12], [13], [14, 15]]
@@ -66,8 +67,9 @@ def test_streamed_tokens_are_the_rollout(
 
 def test_reference_streams_the_same_tokens(native: HybridEngine) -> None:
     streamed, samples = Streamed(), list(range(6))
-    arguments = (native.model, PROMPTS, PARAMS, list(native.eos_token_ids), samples)
-    result = reference_generate(*arguments, max_batch=2, on_token=streamed)
+    ends = list(native.eos_token_ids)
+    request = Request(PROMPTS, PARAMS, ends, samples, max_batch=2, on_token=streamed)
+    result = reference_generate(native.model, request)
     assert streamed.lists() == result["tokens"]
 
 
