@@ -86,24 +86,21 @@ inline void load_transposed(const float* src, int64_t stride, Vec (&out)[Vec::wi
 }
 
 // out[k * out_stride + r] = src[r * stride + k] for r < rows, k < depth; zero for r in [rows, cols).
-// cols is a multiple of the vector width.
+// cols is a multiple of the vector width. All rows advance together: many streams hide the latency of memory.
 inline void pack_transposed(const float* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
                             int64_t out_stride) {
-  for (int64_t r = 0; r < cols; r += Vec::width) {
-    const int64_t lanes = larger(0, smaller(Vec::width, rows - r));
-    int64_t k = 0;
-    if (lanes == Vec::width) {
-      for (; k + Vec::width <= depth; k += Vec::width) {
-        Vec t[Vec::width];
-        load_transposed(src + r * stride + k, stride, t);
+  const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / Vec::width * Vec::width;
+  for (int64_t k = 0; k < whole_depth; k += Vec::width) {
+    for (int64_t r = 0; r < whole_rows; r += Vec::width) {
+      Vec t[Vec::width];
+      load_transposed(src + r * stride + k, stride, t);
 #pragma GCC unroll 16
-        for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
-      }
+      for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
     }
-    for (; k < depth; ++k) {
-      for (int64_t i = 0; i < Vec::width; ++i) {
-        out[k * out_stride + r + i] = i < lanes ? src[(r + i) * stride + k] : 0.0f;
-      }
+  }
+  for (int64_t k = whole_rows == cols ? whole_depth : 0; k < depth; ++k) {
+    for (int64_t r = k < whole_depth ? whole_rows : 0; r < cols; ++r) {
+      out[k * out_stride + r] = r < rows ? src[r * stride + k] : 0.0f;
     }
   }
 }
