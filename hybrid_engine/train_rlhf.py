@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hybrid_engine import cli
+from hybrid_engine import cli, failures
 from hybrid_engine.config import RunConfig
 from hybrid_engine.errors import UserError
 
@@ -24,19 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from hybrid_engine.distributed.launch import launch
 
             return launch("hybrid_engine.train_rlhf", arguments, config.num_gpus)
-        run(config)
-    except UserError as error:
-        report_user_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        return run(config)
+    except (UserError, KeyboardInterrupt) as error:
+        return failures.report(error)
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig) -> int:
     """The steps in order, each from the files that the one before it left in the output
-    directory.
+    directory. Returns the exit code.
     """
     from hybrid_engine.distributed import process_group
     from hybrid_engine.output import open_output
@@ -44,14 +39,20 @@ def run(config: RunConfig) -> None:
 
     steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
     process_group.initialise()
+    log = None
     try:
         with open_output(config) as session:
+            log = session.reporter.log_path
             for step in config.steps:
                 if session.finished(step):
                     session.reporter.note(f"step {step} is done already")
                 else:
                     steps[step](session)
             session.reporter.print_summary()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        # Here, before the other ranks notice that this one has left, and fail as well.
+        return failures.report(error, log)
     finally:
         process_group.shut_down()
 
@@ -60,13 +61,6 @@ def already_launched() -> bool:
     from hybrid_engine.distributed.env import rank_env
 
     return rank_env().world_size > 1
-
-
-def report_user_error(error: UserError) -> None:
-    from hybrid_engine.distributed.process_group import report_failure
-
-    print(f"error: {error}", file=sys.stderr)
-    report_failure(str(error))
 
 
 if __name__ == "__main__":

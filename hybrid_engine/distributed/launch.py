@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hybrid_engine.distributed.env import RankEnv
 from hybrid_engine.distributed.process_group import FAILURE_DIR, LIFELINE_FD
@@ -134,14 +135,24 @@ class _Ranks:
 
     def _earliest_report(self, default: int) -> int:
         """The rank whose error came first: its peers fail too, when their connections break."""
-        times = {}
-        for rank in range(len(self.processes)):
-            path = self.scratch / f"rank-{rank}.json"
-            if path.exists():
-                times[rank] = json.loads(path.read_text())["time"]
+        times = {
+            rank: report["time"]
+            for rank in range(len(self.processes))
+            if (report := self._report(rank))
+        }
         return min(times, key=times.__getitem__) if times else default
 
+    def _report(self, rank: int) -> dict[str, Any]:
+        """What `process_group.report_failure` left; empty where the rank left nothing."""
+        path = self.scratch / f"rank-{rank}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def _show(self, failed: int, code: int) -> None:
+        if sys.stdout.isatty():  # a rank that was stopped leaves its live panel's cursor hidden
+            print("\x1b[?25h", end="", flush=True)
+        if (report := self._report(failed)).get("complete"):
+            print(report["message"], file=sys.stderr, flush=True)
+            return
         how = (
             f"was ended by {signal.Signals(-code).name}"
             if code < 0

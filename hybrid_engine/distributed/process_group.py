@@ -81,12 +81,20 @@ def current_world() -> World | None:
     return _world
 
 
-def report_failure(message: str) -> None:
-    """Leave this rank's error where the launcher looks for the earliest one."""
+def report_failure(message: str, complete: bool = False) -> bool:
+    """Leave this rank's error where the launcher looks for the earliest one.
+
+    A `complete` message says it all: the launcher shows it in place of the rank's last lines.
+    Returns whether there is a launcher.
+    """
     directory = os.environ.get(FAILURE_DIR)
-    if directory:
-        path = Path(directory) / f"rank-{rank_env().rank}.json"
-        path.write_text(json.dumps({"time": time.time(), "message": message}))
+    if not directory:
+        return False
+    path = Path(directory) / f"rank-{rank_env().rank}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"time": time.time(), "message": message, "complete": complete}))
+    partial.replace(path)  # the launcher reads the whole of it or nothing
+    return True
 
 
 def _report_uncaught() -> None:

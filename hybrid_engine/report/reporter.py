@@ -41,6 +41,7 @@ class Reporter:
         self.main = main
         self._view: StageView | None = None
         self._clock = PhaseClock()
+        self._spent_before: dict[str, Any] = {}
         self._warned: Counter[str] = Counter()
         self._capture: LibraryCapture | None = None
         self._closed = False
@@ -53,7 +54,7 @@ class Reporter:
         try:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
-            self._log = RunLog(self.output_dir / "run.log")
+            self._log = RunLog(self.log_path)
         except OSError as error:
             raise UserError(
                 f"--output-dir {self.output_dir}: {error.strerror} ({error.filename}); "
@@ -67,9 +68,24 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        if error is not None and self.main:
-            self._log.write("".join(traceback.format_exception(error)))
+        if error is not None:
+            self._write_traceback(error)
         self.close()
+
+    def _write_traceback(self, error: BaseException) -> None:
+        """Into run.log, whichever rank failed; where rank 0's files are out of reach, nowhere."""
+        text = "".join(traceback.format_exception(error))
+        if self.main:
+            self._log.write(text)
+        elif self.log_path.is_file():
+            log = RunLog(self.log_path)
+            log.write(f"rank {os.environ.get('RANK', '?')}: {text}")
+            log.close()
+
+    @property
+    def log_path(self) -> Path:
+        """OUTPUT/run.log."""
+        return self.output_dir / "run.log"
 
     def close(self) -> None:
         """Says how often repeated warnings came, and closes the files."""
@@ -86,8 +102,11 @@ class Reporter:
             self._log.close()
 
     @contextmanager
-    def stage(self, name: str, total: int, start: int = 0) -> Iterator[None]:
-        """The stage `name` of `total` iterations, `start` of them done by an earlier process.
+    def stage(
+        self, name: str, total: int, start: int = 0, spent: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
+        """The stage `name` of `total` iterations, `start` of them done by an earlier process, for
+        which it `spent` what :meth:`spent` gave there.
 
         When it ends without an error, its ``seconds`` and ``phase_seconds`` go to summary.json.
         """
@@ -96,6 +115,7 @@ class Reporter:
         if self._capture is not None:
             self._capture.adopt()
         self._clock = PhaseClock()
+        self._spent_before = dict(spent or {})
         self._view = StageView(name, total, start, self._clock)
         if self.main:
             self._display.open(self._view)
@@ -105,9 +125,17 @@ class Reporter:
             if self.main:
                 self._display.close()
             self._view = None
-        self.summarize(
-            name, {"seconds": self._clock.elapsed(), "phase_seconds": dict(self._clock.seconds)}
-        )
+        self.summarize(name, self.spent())
+
+    def spent(self) -> dict[str, Any]:
+        """``seconds`` and ``phase_seconds`` of the stage so far, with those of earlier
+        processes.
+        """
+        phases = dict(self._spent_before.get("phase_seconds", {}))
+        for name, seconds in self._clock.seconds.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+        seconds = self._spent_before.get("seconds", 0.0) + self._clock.elapsed()
+        return {"seconds": seconds, "phase_seconds": phases}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
