@@ -4,13 +4,13 @@ leave it.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid_engine.checkpoint import Checkpoints
 from hybrid_engine.config import OptimizerConfig, RunConfig
-from hybrid_engine.distributed.collectives import barrier, broadcast_json, is_main
+from hybrid_engine.distributed.collectives import broadcast_json
 from hybrid_engine.errors import UserError
 from hybrid_engine.report import Reporter
 
@@ -35,18 +35,32 @@ class Run:
     reporter: Reporter
 
     def finished(self, step: int) -> bool:
-        """Whether the output directory has this step's results: summary.json gets its entry
-        last.
-        """
+        """Whether this step's results are there and wanted: summary.json gets its entry last."""
+        if self.config.overwrite:
+            return False
         entry = self.reporter.summary().get(STAGE_OF_STEP[step], {})
         return bool(broadcast_json(entry.get("done", False)))
+
+    def forget(self, stage: str) -> None:
+        """Drops what earlier runs recorded about a stage that is about to be trained from its
+        start; their models stay until the new ones take their place.
+
+        With --overwrite the later steps of this run go with it. They would otherwise pass for done
+        if this run were interrupted and resumed.
+        """
+        steps = {name: step for step, name in STAGE_OF_STEP.items()}
+        later = [s for s in self.config.steps if self.config.overwrite and s > steps[stage]]
+        for name in (stage, *(STAGE_OF_STEP[step] for step in later)):
+            self.reporter.restart(name)
+            self.checkpoints(name).clear()
 
     def finish(self, stage: str, values: Mapping[str, Any]) -> None:
         """Records a stage's results; its checkpoints have done their duty."""
         self.reporter.summarize(stage, {**values, "done": True})
-        if is_main():
-            shutil.rmtree(self.output / "checkpoints" / stage, ignore_errors=True)
-        barrier(f"finish {stage}")
+        self.checkpoints(stage).clear()
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        return Checkpoints(self.output / "checkpoints" / stage, self.config.keep_checkpoints)
 
     # Which weights a step starts from
 
@@ -80,9 +94,8 @@ class Run:
         if self.config.model.reward_model:
             return self.resolve(self.config.model.reward_model)
         raise UserError(
-            f"step 3 needs a reward model and {trained} does not exist: run step 2 first (--steps "
-            "2 3), "
-            "or give a trained one with --reward-model"
+            f"step 3 needs a reward model and {trained} does not exist: run step 2 first "
+            "(--steps 2 3), or give a trained one with --reward-model"
         )
 
     def resolve(self, name: str) -> str:

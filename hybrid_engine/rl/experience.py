@@ -83,11 +83,23 @@ class Experience:
             **{name: tensor[rows, :width] for name, tensor in self._padded().items()},
         )
 
-    def minibatches(self, count: int, seed: int) -> Iterator[Experience]:
-        """`count` disjoint parts in a seeded random order; sizes differ by one at most."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+    def minibatches(
+        self, count: int, seed: int, places: Sequence[int] | None = None, total: int = 0
+    ) -> Iterator[Experience]:
+        """`count` disjoint parts in a seeded random order; sizes differ by one at most.
+
+        Where ranks share a rollout of `total` responses, `places` are the numbers of this rank's
+        rows in it. The whole is then parted, and this rank yields its share of each part: a
+        minibatch consists of the same responses whatever the number of ranks, though a rank may
+        have more of one part than of another.
+        """
+        places = range(len(self)) if places is None else places
+        total = total or len(self)
+        row_at = {place: row for row, place in enumerate(places)}
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         for part in range(count):
-            yield self.select(order[part * len(self) // count : (part + 1) * len(self) // count])
+            own = order[part * total // count : (part + 1) * total // count]
+            yield self.select([row_at[place] for place in own if place in row_at])
 
     def _padded(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from hybrid_engine.checkpoint import Checkpoints, RunState
+from hybrid_engine.checkpoint import RunState
 from hybrid_engine.data import Batches, rank_share
 from hybrid_engine.distributed.collectives import rank, world_size
 from hybrid_engine.engine.train_engine import TrainEngine
@@ -29,6 +29,7 @@ class StageLoop:
     Attributes:
         total: steps of the whole stage.
         start: steps that an earlier process has done.
+        spent: seconds that it took for them, as `Reporter.stage` adds them to its own.
         memory: what was measured before training (JSON-able), which a resumed run must not measure
             again.
     """
@@ -50,19 +51,17 @@ class StageLoop:
         self._engines = engines
         self._components = components or {}
         self._ema = ema
-        self._checkpoints = Checkpoints(
-            run.output / "checkpoints" / stage, run.config.keep_checkpoints
-        )
+        self._checkpoints = run.checkpoints(stage)
         self.total = len(batches)
         self.start = 0
+        self.spent: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}
         self._resume()
 
     def _resume(self) -> None:
         path = self._checkpoints.latest() if self._run.config.resume else None
         if path is None:
-            self._checkpoints.clear()  # or a later --resume would pick up an older run's state
-            self._run.reporter.restart(self._stage)
+            self._run.forget(self._stage)  # or a later --resume would pick up an older run's state
             return
         state, tensors = self._checkpoints.restore(path, self._engines)
         for name, component in self._components.items():
@@ -70,6 +69,7 @@ class StageLoop:
         if self._ema is not None:
             self._ema.load_tensors(tensors)
         self.memory = state.components["memory"]
+        self.spent = state.components["spent"]
         self.start = state.iteration
         self._run.reporter.truncate(state.metrics_lines)
         self._run.reporter.note(f"{self._stage}: resumed after step {self.start} of {self.total}")
@@ -101,7 +101,11 @@ class StageLoop:
                 self._stage,
                 iteration=step,
                 metrics_lines=self._run.reporter.lines,
-                components={**components, "memory": self.memory},
+                components={
+                    **components,
+                    "memory": self.memory,
+                    "spent": self._run.reporter.spent(),
+                },
             )
             tensors = self._ema.tensors() if self._ema is not None else {}
             self._checkpoints.save(step, state, self._engines, tensors)

@@ -42,7 +42,7 @@ def train_reward(run: Run) -> None:
                 for name, value in evaluate(engine, data.heldout, config).items()
             }
 
-    with run.reporter.stage(STAGE, loop.total, loop.start):
+    with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = loop.remember(measure)
         for step, indices in loop:
             with run.reporter.phase("train"):

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -32,15 +31,14 @@ from hybrid_engine.stages.update import Updater, hash_seed
 
 def train_rlhf(run: Run) -> None:
     """Trains the policy against the rewards and writes OUTPUT/rlhf/{actor,critic,actor_ema}."""
-    config, started = run.config.rlhf, time.monotonic()
+    config = run.config.rlhf
     source = run.policy_source(STAGE)
     tokenizer = run.tokenizer(source)
     data = run.load_data(STAGE, source, tokenizer)
     batches = prompt_batches(len(data.train), run.config)
     mix = build_rewards(run.config.judge)
-    cast = assemble(
-        run, source, tokenizer, len(batches) * config.epochs * config.minibatches, mix.needs_model
-    )
+    optimizer_steps = len(batches) * config.epochs * config.minibatches
+    cast = assemble(run, source, tokenizer, optimizer_steps, mix.needs_model)
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})
@@ -56,21 +54,25 @@ def train_rlhf(run: Run) -> None:
 
     loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
     demonstrations = (
-        demonstration_batches(run, source, tokenizer, loop.start) if config.ptx_coef else None
+        demonstration_batches(run, source, tokenizer, optimizer_steps) if config.ptx_coef else None
     )
     updater = Updater(cast, config, demonstrations)
-    with run.reporter.stage(STAGE, loop.total, loop.start):
+    with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
         for iteration, indices in loop:
             prompts = [data.train[i] for i in local_share(indices)]
+            places, total = sample_places(len(indices), config.generation.samples_per_prompt)
             with run.reporter.phase("generate"), cast.actor.generation():
-                rollout = generate(cast, prompts, indices, iteration, run)
+                rollout = generate(cast, prompts, places, iteration, run)
             with run.reporter.phase("score"):
                 scored = scorer(rollout, prompts)
             with run.reporter.phase("train"), both_training(cast):
-                seed = hash_seed(run.config.seed, iteration)
                 updates = updater(
-                    scored.experience, seed, train_policy=iteration > config.critic_warmup
+                    scored.experience,
+                    hash_seed(run.config.seed, iteration),
+                    places,
+                    total,
+                    train_policy=iteration > config.critic_warmup,
                 )
             if ema is not None:
                 ema.update(cast.policy.local_parameters())
@@ -94,7 +96,6 @@ def train_rlhf(run: Run) -> None:
         {
             **compare(before, after),
             "iterations": len(batches),
-            "seconds": time.monotonic() - started,
         },
     )
 
@@ -106,25 +107,34 @@ def prompt_batches(count: int, config: RunConfig) -> Batches:
     return Batches(count, ppo.prompts_per_iteration, config.seed, epochs, ppo.iterations)
 
 
+def sample_places(num_prompts: int, n: int) -> tuple[list[int], int]:
+    """The places of this rank's samples in a rollout of all ranks, n to a prompt, and how many
+    there are.
+    """
+    mine = local_share(range(num_prompts))
+    return [place * n + k for place in mine for k in range(n)], num_prompts * n
+
+
 def generate(
-    cast: Cast, prompts: list[PromptExample], indices: list[int], iteration: int, run: Run
+    cast: Cast, prompts: list[PromptExample], places: Sequence[int], iteration: int, run: Run
 ) -> Rollout:
     """Samples this rank's answers. A sample's random stream is named by its place in the whole
     run.
     """
     generation = run.config.rlhf.generation
-    n = generation.samples_per_prompt
     params = SamplingParams(
-        n=n,
+        n=generation.samples_per_prompt,
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
         seed=run.config.seed,
         stop_token_ids=generation.stop_token_ids,
     )
     first = iteration * run.config.rlhf.samples_per_iteration
-    ids = [first + place * n + k for place in local_share(range(len(indices))) for k in range(n)]
     return cast.actor.generate(
-        [p.tokens for p in prompts], params, ids, on_progress=run.reporter.tick
+        [p.tokens for p in prompts],
+        params,
+        [first + place for place in places],
+        on_progress=run.reporter.tick,
     )
 
 
@@ -167,18 +177,20 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
 
 
 def demonstration_batches(
-    run: Run, source: str, tokenizer: object, iterations_done: int
-) -> Iterator[list[SFTExample]]:
-    """Endless batches of step-1 rows for PPO-ptx, one an optimizer step, as many rows as a
-    minibatch has samples.
+    run: Run, source: str, tokenizer: object, steps: int
+) -> Callable[[int], list[SFTExample]]:
+    """Step-1 rows for PPO-ptx: this rank's share for a step of the policy's optimizer, by its
+    number, of `steps`. Each takes as many rows as a minibatch has samples.
     """
     ppo = run.config.rlhf
     data = run.load_data("sft", source, tokenizer)
-    steps = ppo.epochs * ppo.minibatches
-    size = max(ppo.samples_per_iteration // ppo.minibatches, 1)
-    batches = Batches(len(data.train), size, run.config.seed, 0.0, 2**31 // size)
-    for indices in batches.from_step(iterations_done * steps):
-        yield [data.train[i] for i in local_share(indices)]
+    size = ppo.samples_per_iteration // ppo.minibatches
+    batches = Batches(len(data.train), size, run.config.seed, 0.0, steps)
+
+    def rows(step: int) -> list[SFTExample]:
+        return [data.train[i] for i in local_share(batches.batch(step))]
+
+    return rows
 
 
 def save(run: Run, cast: Cast, ema: EMA | None) -> None:

@@ -15,6 +15,7 @@ from hybrid_engine.run import Run
 from hybrid_engine.stages.loop import StageLoop, local_share
 
 STAGE = "sft"
+LARGEST_LOG = 700.0  # the exponential of more is no float
 
 
 def train_sft(run: Run) -> None:
@@ -33,7 +34,7 @@ def train_sft(run: Run) -> None:
         with run.reporter.phase("evaluate"):
             return evaluate(engine, data.heldout, config.max_tokens_per_pass)
 
-    with run.reporter.stage(STAGE, loop.total, loop.start):
+    with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = loop.remember(measure)
         for step, indices in loop:
             with run.reporter.phase("train"):
@@ -105,4 +106,4 @@ def evaluate(
         sums["targets"] += len(part.targets)
     sums = all_reduce_sums(sums)
     loss = sums["nll"] / max(sums["targets"], 1)
-    return {"loss": loss, "perplexity": math.exp(loss)}
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < LARGEST_LOG else math.inf}

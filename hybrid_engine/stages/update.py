@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,29 +31,38 @@ class Updater:
         self,
         cast: Cast,
         config: PPOConfig,
-        demonstrations: Iterator[list[SFTExample]] | None = None,
+        demonstrations: Callable[[int], list[SFTExample]] | None = None,
     ) -> None:
+        """`demonstrations` gives the PPO-ptx rows of this rank for a step of the policy's
+        optimizer, by its number.
+        """
         self.cast = cast
         self.config = config
         self.demonstrations = demonstrations
 
     def __call__(
-        self, experience: Experience, seed: int, train_policy: bool = True
+        self,
+        experience: Experience,
+        seed: int,
+        places: Sequence[int],
+        total: int,
+        train_policy: bool = True,
     ) -> dict[str, float]:
         """Runs the epochs over a rollout; returns the metrics of all of them.
 
-        `first_log_ratio` is the largest |log ratio| over the first minibatch, before any step: zero
-        when generation and training agree on every token's probability.
+        `places` and `total` as in :meth:`Experience.minibatches`. `first_log_ratio` is the largest
+        |log ratio| over the first minibatch, before any step: zero when generation and training
+        agree on every token's probability.
         """
         averages = Averages()
-        steps: dict[str, float] = {"epochs": 0, "first_log_ratio": 0.0}
+        steps: dict[str, float] = {"epochs": 0}
         for epoch in range(self.config.epochs):
             divergence = Averages()
-            for index, minibatch in enumerate(
-                experience.minibatches(self.config.minibatches, hash_seed(seed, epoch))
-            ):
+            count = min(self.config.minibatches, total)  # the last rollout may be a short one
+            parts = experience.minibatches(count, hash_seed(seed, epoch), places, total)
+            for index, minibatch in enumerate(parts):
                 drift = self._minibatch(minibatch, train_policy, averages, divergence)
-                if epoch == index == 0:
+                if train_policy and epoch == index == 0:
                     steps["first_log_ratio"] = all_reduce_max(drift)
                 steps |= self._step(train_policy)
             steps["epochs"] += 1
@@ -79,7 +88,7 @@ class Updater:
             if self.cast.critic is not None:
                 self._critic_pass(part, rows, trunk, tokens, averages)
         if train_policy and self.demonstrations is not None:
-            self._demonstration_passes(next(self.demonstrations), averages)
+            self._demonstration_passes(self.demonstrations(self.cast.policy.steps), averages)
         return drift
 
     def _policy_pass(
