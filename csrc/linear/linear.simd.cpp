@@ -14,7 +14,7 @@
 namespace hybrid::HYBRID_ISA {
 namespace {
 
-constexpr int64_t kStripPathRows = kVecWidth == 16 ? 2 * kStripRows : kStripRows;  // measured: above, packing wins
+constexpr int64_t kStripPathRows = kVecWidth == 16 ? 4 * kStripRows : kStripRows;  // measured: above, packing wins
 constexpr int64_t kPanelDepth = 4096 / kPanelCols;  // a packed K-block is 16 KiB: half of the smallest L1 in use
 constexpr int64_t kChunkRows = 256;                 // their sums are 32 KiB at most, and their x stays in L2
 constexpr int64_t kTaskWork = 1 << 20;              // multiply-adds that are worth handing to a thread

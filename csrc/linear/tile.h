@@ -86,16 +86,20 @@ inline void load_transposed(const float* src, int64_t stride, Vec (&out)[Vec::wi
 }
 
 // out[k * out_stride + r] = src[r * stride + k] for r < rows, k < depth; zero for r in [rows, cols).
-// cols is a multiple of the vector width. All rows advance together: many streams hide the latency of memory.
+// cols is a multiple of the vector width. Sixteen rows advance together: fewer streams do not hide the latency of memory, and
+// more are lost on the prefetchers.
 inline void pack_transposed(const float* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
                             int64_t out_stride) {
+  constexpr int64_t kStreams = 16;
   const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / Vec::width * Vec::width;
-  for (int64_t k = 0; k < whole_depth; k += Vec::width) {
-    for (int64_t r = 0; r < whole_rows; r += Vec::width) {
-      Vec t[Vec::width];
-      load_transposed(src + r * stride + k, stride, t);
+  for (int64_t first = 0; first < whole_rows; first += kStreams) {
+    for (int64_t k = 0; k < whole_depth; k += Vec::width) {
+      for (int64_t r = first; r < smaller(whole_rows, first + kStreams); r += Vec::width) {
+        Vec t[Vec::width];
+        load_transposed(src + r * stride + k, stride, t);
 #pragma GCC unroll 16
-      for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
+        for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
+      }
     }
   }
   for (int64_t k = whole_rows == cols ? whole_depth : 0; k < depth; ++k) {

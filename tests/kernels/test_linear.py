@@ -11,7 +11,7 @@ from hybrid_kernels import ops, reference
 from hybrid_kernels.nn import Linear
 from hybrid_kernels.testing import assert_as_accurate, assert_same_bits
 
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 31, 32, 33, 64, 100, 257]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 257]
 # (N, K): below, at and above vectors, panels and packed K-blocks, and a real layer
 SIZES = [
     (1, 1),
