@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybrid_engine.data.demo import ensure_demo_model
 from hybrid_engine.models import CausalLM, LoRAConfig, load_causal_lm
 from tests.tiny import make_tiny_model
 
@@ -61,3 +63,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The directory named by HYBRID_ENGINE_SMOLLM2, or the demo model where it has been made."""
+    named = os.environ.get("HYBRID_ENGINE_SMOLLM2")
+    return Path(named) if named else Path(ensure_demo_model())
