@@ -1,10 +1,12 @@
 // y = alpha * x w^T + bias + residual, straight from w's training layout [N, K].
 //
+// K is summed in chains of kChain products, whose totals are added in order (tile.h): the same bits for every M, and the error
+// of a blocked sum.
 // Few rows: a task owns some strips of Vec::width weight rows; every weight is read once from memory and transposed in
 // registers. Bound by reading w (4 N K bytes).
 // Many rows: a task owns some panels of kPanelCols weight rows and a chunk of x's rows. A panel is packed into L1 a K-block at
-// a time and used by the whole chunk; sums travel between K-blocks through a small buffer, exactly. Bound by arithmetic.
-// Both sum over k in order (tile.h), so they give the same bits. matmul, for the backward, is the second way with other strides.
+// a time and used by the whole chunk; totals wait in a small buffer between K-blocks. Bound by arithmetic.
+// matmul, for the backward, is the second way with other strides.
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "linear/linear.h"
@@ -15,9 +17,9 @@ namespace hybrid::HYBRID_ISA {
 namespace {
 
 constexpr int64_t kStripPathRows = kVecWidth == 16 ? 4 * kStripRows : kStripRows;  // measured: above, packing wins
-constexpr int64_t kPanelDepth = 4096 / kPanelCols;  // a packed K-block is 16 KiB: half of the smallest L1 in use
-constexpr int64_t kChunkRows = 256;                 // their sums are 32 KiB at most, and their x stays in L2
-constexpr int64_t kTaskWork = 1 << 20;              // multiply-adds that are worth handing to a thread
+constexpr int64_t kChain = 128;         // products in a chain; a packed block of them is 16 KiB at most: half of an L1
+constexpr int64_t kChunkRows = 256;     // their sums are 32 KiB at most, and their x stays in L2
+constexpr int64_t kTaskWork = 1 << 20;  // multiply-adds that are worth handing to a thread
 
 // y[row .. row + rows, col .. col + cols) from finished sums. The one place where anything is added to them.
 void finish(const LinearArgs& args, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -50,7 +52,13 @@ void strip_rows(const LinearArgs& args, const float* w, int64_t ldw, const Prefe
     const Prefetch part{next.base + fetched * next.stride, next.stride, larger(0, smaller(share, next.rows - fetched))};
     const int64_t rows = smaller(block_rows, args.M - row);
     alignas(64) float sums[kStripRows * Vec::width];
-    multiply_strip(rows, {args.x + row * args.ldx, args.ldx, 1}, w, ldw, args.K, part, {sums, Vec::width, false});
+    int64_t k = 0;
+    do {
+      const Prefetch ahead{part.base + k, part.stride, part.rows};
+      multiply_strip(rows, {args.x + row * args.ldx + k, args.ldx, 1}, w + k, ldw, smaller(kChain, args.K - k), ahead,
+                     {sums, Vec::width, k > 0});
+      k += kChain;
+    } while (k < args.K);
     finish(args, sums, Vec::width, row, rows, col, lanes);
   }
 }
@@ -102,14 +110,14 @@ void pack_panel(const LinearArgs& args, int64_t col, int64_t cols, int64_t first
 // One panel of columns [col, col + kPanelCols) against rows [first, first + rows) of x.
 template <Layout kLayout>
 void panel_rows(const LinearArgs& args, const Factor& x, int64_t col, int64_t first, int64_t rows) {
-  float* panel = thread_scratch(ScratchSlot::kLinear, kPanelDepth * kPanelCols + rows * kPanelCols);
-  float* sums = panel + kPanelDepth * kPanelCols;
+  float* panel = thread_scratch(ScratchSlot::kLinear, kChain * kPanelCols + rows * kPanelCols);
+  float* sums = panel + kChain * kPanelCols;
   const int64_t cols = smaller(kPanelCols, args.N - col);
   const int64_t packed_cols = cols <= Vec::width ? Vec::width : kPanelCols;
   const int64_t block_rows = ceil_div(rows, ceil_div(rows, kPanelRows));
   int64_t k = 0;
   do {
-    const int64_t depth = smaller(kPanelDepth, args.K - k);
+    const int64_t depth = smaller(kChain, args.K - k);
     pack_panel<kLayout>(args, col, cols, k, depth, panel, packed_cols);
     for (int64_t row = 0; row < rows; row += block_rows) {
       const int64_t block = smaller(block_rows, rows - row);

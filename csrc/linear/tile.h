@@ -1,7 +1,8 @@
 // The register tiles under linear and attention: y[rows, cols] += a[rows, depth] * b, columns along the vector.
 //
-// Every output element is one chain of fma() over depth, in order, starting from zero (or from what an earlier call left).
-// No tile shape, batch size or path changes that chain, so none of them changes a bit of the result.
+// Every output element is one chain of fma() over depth, in order, starting from zero; what an earlier call left is added to
+// the finished chain. Callers cut depth at the same places always, so no tile shape, batch size or path changes a bit of the
+// result. Cutting long sums also keeps their error that of a blocked sum, rather than that of one chain of thousands.
 //
 // b is reached in one of two ways:
 //   strip  b is stored [cols, depth] (a weight, a key tile) and is transposed in registers on its way through;
@@ -127,7 +128,7 @@ struct Prefetch {
   }
 };
 
-// Where a tile's sums go: row r at base[r * stride], whole vectors. Sums continue from what is there, or start at zero.
+// Where a tile's sums go: row r at base[r * stride], whole vectors; added to what is there (resume), or replacing it.
 struct Sums {
   float* base;
   int64_t stride;
@@ -137,7 +138,7 @@ struct Sums {
 // The loops below are functions of their own, never inlined: amid other code GCC spills their sums to the stack, which halves
 // the speed. The rows are unrolled by pragma for the same reason.
 
-// sums[row] = a[row, :] . b[col, :] for one vector of columns; b stored [Vec::width, depth].
+// sums[row] (+)= a[row, :] . b[col, :] for one vector of columns; b stored [Vec::width, depth].
 template <int kRows>
 [[gnu::noinline]] void strip_tile(const Factor& a, const float* b, int64_t b_stride, int64_t depth, const Prefetch& next,
                                   const Sums& sums) {
@@ -161,6 +162,10 @@ template <int kRows>
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) acc[r] = fma(Vec(x[r * x_stride + k]), Vec::load(column), acc[r]);
   }
+  if (sums.resume) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = Vec::load(sums.base + r * sums.stride) + acc[r];
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) acc[r].store(sums.base + r * sums.stride);
 }
@@ -173,13 +178,6 @@ template <int kRows, int kVecs, bool kUnitDepthStride, bool kWhole>
   const int64_t x_row = a.row_stride;
   const int64_t x_depth = kUnitDepthStride ? 1 : a.depth_stride;
   Vec acc[kRows][kVecs];
-  if (sums.resume) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::load(sums.base + r * sums.stride + v * Vec::width);
-    }
-  }
   for (int64_t k = 0; k < depth; ++k) {
     Vec column[kVecs];
 #pragma GCC unroll 2
@@ -192,6 +190,13 @@ template <int kRows, int kVecs, bool kUnitDepthStride, bool kWhole>
       const Vec factor(x[r * x_row + k * x_depth]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(factor, column[v], acc[r][v]);
+    }
+  }
+  if (sums.resume) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec::load(sums.base + r * sums.stride + v * Vec::width) + acc[r][v];
     }
   }
 #pragma GCC unroll 16

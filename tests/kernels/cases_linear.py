@@ -37,11 +37,6 @@ def _spoil(position: int, value):
     return lambda *args: (*args[:position], value, *args[position + 1 :])
 
 
-# A chain of K additions in order is what the library promises; its rounding errors grow with the
-# root of K as a random walk, those of the blocked sums of torch's GEMM with the root of a block. Up
-# to K = 256 they are alike; at the long row (K = 50021, blocks of hundreds) the ratio may reach 12.
-MODERATE = ("one", "odd", "tile-1", "tile", "tile+1", "empty", "non-contiguous")
-
 CASES = [
     OpCase(
         name="linear",
@@ -50,8 +45,6 @@ CASES = [
         make_inputs=_plain,
         operators={"linear": _full},
         differentiable=(0, 1, 2),
-        shapes=MODERATE,
-        factor=3.0,
         bad_inputs=(
             BadInput(
                 "weight-other-k",
@@ -69,22 +62,12 @@ CASES = [
         ),
     ),
     OpCase(
-        name="linear:long-row",
-        function=ops.linear,
-        reference=reference.linear,
-        make_inputs=_plain,
-        shapes=("long-row",),
-        factor=12.0,
-    ),
-    OpCase(
         name="linear:low-rank",
         function=ops.linear,
         reference=reference.linear,
         make_inputs=_low_rank,
         operators={"linear": _full},
         differentiable=(0, 1, 2, 3, 4),
-        shapes=MODERATE,
-        factor=3.0,
         bad_inputs=(
             BadInput(
                 "splits",
@@ -104,7 +87,6 @@ CASES = [
         reference=reference.matmul,
         make_inputs=_product,
         operators={"matmul": lambda *args: args},
-        factor=3.0,
         bad_inputs=(
             BadInput(
                 "inner",
