@@ -51,10 +51,8 @@ def run(config: RunConfig) -> int:
             session.reporter.print_summary()
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        # Here, before the other ranks notice that this one has left, and fail as well.
+        # Before this rank leaves the group: the others fail as soon as they notice.
         return failures.report(error, log)
-    finally:
-        process_group.shut_down()
 
 
 def already_launched() -> bool:

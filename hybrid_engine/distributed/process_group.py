@@ -6,6 +6,7 @@ process group exists and `DS_ACCELERATOR` says what the machine has.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ _world: World | None = None
 
 
 def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
-    """Join the process group once; later calls return the same world.
+    """Join the process group once, until the process ends; later calls return the same world.
 
     One process alone needs neither a port nor a launcher: its store lives in memory.
     CPU tensors travel over gloo, CUDA tensors over NCCL.
@@ -65,11 +66,15 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
         timeout=timeout,
     )
     _world = World(env, dist.PrefixStore("hybrid_engine", store), timeout)
+    atexit.register(shut_down)
     return _world
 
 
 def shut_down() -> None:
-    """Leave the process group, so that the interpreter ends without a warning."""
+    """Leave the process group, so that the interpreter ends without a warning.
+
+    There is no way back: DeepSpeed keeps the group that it saw first.
+    """
     global _world
     if _world is not None:
         dist.destroy_process_group()

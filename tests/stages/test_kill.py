@@ -1,0 +1,102 @@
+"""A run that is killed and resumed equals one that was not, bit for bit, in metrics and models."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.stages.runs import Trainer, files, metrics, summary
+
+# Everything that carries state from one iteration to the next.
+STATEFUL = {
+    "rlhf.iterations": 5,
+    "rlhf.epochs": 2,
+    "rlhf.critic_warmup": 1,
+    "rlhf.target_kl": 0.02,
+    "rlhf.ema_decay": 0.9,
+    "rlhf.ptx_coef": 0.5,
+    "rlhf.kl.target": 0.5,
+    "rlhf.kl.horizon": 50,
+    "rlhf.shaping.normalize": "standardize",
+    "rlhf.generation.samples_per_prompt": 2,
+    "rlhf.eval_steps": 1,
+    "sft.max_steps": 5,
+    "reward.max_steps": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def stateful(trainer: Trainer) -> Trainer:
+    return trainer.having(STATEFUL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(stateful: Trainer, tmp_path_factory: pytest.TempPathFactory):
+    return stateful(tmp_path_factory.mktemp("runs") / "uninterrupted")
+
+
+def test_the_run_moves_all_of_its_state(uninterrupted):
+    """Otherwise the comparisons below would show nothing."""
+    lines = metrics(uninterrupted, "rlhf")
+    assert len({line["kl_coef"] for line in lines}) == len(lines)
+    assert {line["epochs"] for line in lines} == {1, 2}
+    assert all("ptx_loss" in line for line in lines[1:])
+    assert "policy_loss" not in lines[0]
+    models = files(uninterrupted)
+    names = [f"rlhf/{name}/model.safetensors" for name in ("actor", "actor_ema")]
+    assert len({models[name] for name in [*names, "sft/model.safetensors"]}) == 3
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("stage, after", [("sft", 3), ("reward", 3), ("rlhf", 3)])
+def test_a_killed_run_resumes_to_the_same_bits(stateful, uninterrupted, tmp_path, stage, after):
+    through = f"tests.stages.kill_after {stage} {after}"
+    killed = stateful.spawn(tmp_path, through=through)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert metrics(tmp_path, stage)[-1]["iteration"] == after
+    stateful(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert summary(tmp_path) == summary(uninterrupted)
+    assert files(tmp_path) == files(uninterrupted)
+
+
+@pytest.mark.multi_process
+def test_resume_needs_no_other_word(stateful, uninterrupted, tmp_path):
+    """The settings are those that the interrupted run wrote down."""
+    killed = stateful.spawn(tmp_path, through="tests.stages.kill_after rlhf 1")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    from hybrid_engine import train_rlhf
+
+    assert train_rlhf.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    assert metrics(tmp_path) == metrics(uninterrupted)
+
+
+def test_seconds_of_a_resumed_step_include_those_before(stateful, tmp_path, monkeypatch):
+    import json
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hybrid_engine.stages.sft.StageLoop._save", wrapped_save(interrupt))
+        stateful(tmp_path, "--steps", "1", expect=130)
+    state = json.loads(next((tmp_path / "checkpoints/sft").glob("*/state.json")).read_text())
+    before = state["components"]["spent"]
+    stateful(tmp_path, "--resume")
+    after = json.loads((tmp_path / "summary.json").read_text())["sft"]
+    assert after["seconds"] > before["seconds"] > 0
+    assert after["phase_seconds"]["train"] > before["phase_seconds"]["train"] > 0
+
+
+def wrapped_save(then):
+    """StageLoop._save, and `then` behind it."""
+    from hybrid_engine.stages.loop import StageLoop
+
+    save = StageLoop._save
+
+    def save_and_go_on(self, step):
+        save(self, step)
+        then()
+
+    return save_and_go_on
