@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -46,14 +47,24 @@ def describe(error: BaseException, log: Path | None) -> tuple[int, str]:
     """Exit code and text."""
     if isinstance(error, UserError):
         return USER_ERROR, f"error: {error}"
-    if isinstance(error, OSError) and error.errno in _REFUSALS:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        remedy = _REFUSALS[error.errno]
-        return USER_ERROR, f"error: {what}; {remedy}, --resume continues from the last checkpoint"
+    refused = refusal(error)
+    if refused is not None:
+        place = getattr(error, "filename", None) or (log.parent if log else "the output directory")
+        return USER_ERROR, (
+            f"error: {place}: {os.strerror(refused)}; {_REFUSALS[refused]}, then --resume "
+            "continues from the last checkpoint"
+        )
     if log is not None and log.is_file():
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         return INTERNAL_ERROR, f"internal error: {summary} (traceback in {log})"
     return INTERNAL_ERROR, "".join(traceback.format_exception(error)).rstrip()
+
+
+def refusal(error: BaseException) -> int | None:
+    """The errno of what the machine refused; torch and safetensors pass on its words alone."""
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return error.errno
+    return next((code for code in _REFUSALS if os.strerror(code) in str(error)), None)
 
 
 def left_for_launcher(message: str) -> bool:

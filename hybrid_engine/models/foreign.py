@@ -6,6 +6,8 @@ Slower and without the C++ program, LoRA or a shared trunk, but the same numbers
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ class ForeignModel(nn.Module):
     def save(self, target: Path, tokenizer: Any | None) -> None:
         """Write a Hugging Face directory through transformers."""
         pad_id = self.hf_model.config.pad_token_id if isinstance(self, ForeignScalarModel) else None
-        self.hf_model.save_pretrained(target)
+        with quiet_transformers():
+            self.hf_model.save_pretrained(target)
         write_tokenizer(target, self.directory, tokenizer, pad_id)
         generation = self.directory / GENERATION_CONFIG
         if generation.is_file():
@@ -103,7 +106,7 @@ def load_causal_lm(directory: Path, dtype: torch.dtype, reason: str) -> ForeignC
     """Load through transformers, and say so once."""
     from transformers import AutoModelForCausalLM
 
-    _warn(directory, reason)
+    _warn(reason)
     return ForeignCausalLM(_load(AutoModelForCausalLM, directory, dtype), directory)
 
 
@@ -115,7 +118,7 @@ def load_scalar_model(
 
     from .checkpoint_io import init_score
 
-    _warn(directory, reason)
+    _warn(reason)
     torch.manual_seed(init_head_seed)
     hf_model, report = _load(
         AutoModelForSequenceClassification,
@@ -135,19 +138,39 @@ def load_scalar_model(
 
 def _load(auto_class: Any, directory: Path, dtype: torch.dtype, **options: Any) -> Any:
     try:
-        return auto_class.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, **options
-        )
+        with quiet_transformers():
+            return auto_class.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=False, **options
+            )
     except Exception as error:  # transformers' loaders raise many types
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory}: transformers cannot load it ({reason})") from error
 
 
-def _warn(directory: Path, reason: str) -> None:
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Neither progress bars nor reports on keys: a new head is missing from a checkpoint by
+    design.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _warn(reason: str) -> None:
+    """Names the family and no directory: a run that loads five models of it warns once."""
     warnings.warn(
-        f"{directory}: no native decoder for {reason}; running it through transformers: "
+        f"no native decoder for {reason}; running it through transformers: "
         "the same results, slower, without LoRA, top-layer training and the C++ generator",
-        stacklevel=3,
+        stacklevel=1,  # one place for all models, so that Python, too, takes them for one warning
     )
 
 

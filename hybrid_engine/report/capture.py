@@ -6,6 +6,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class Forward(logging.Handler):
@@ -66,7 +69,9 @@ def _show(receive: Callable[[int, str], None]) -> Callable[..., None]:
         file: object = None,
         line: str | None = None,
     ) -> None:
-        receive(logging.WARNING, f"{filename}:{lineno}: {category.__name__}: {message}")
+        ours = Path(filename).is_relative_to(PACKAGE)  # addressed to the user, wherever it arose
+        place = "" if ours else f"{filename}:{lineno}: {category.__name__}: "
+        receive(logging.WARNING, f"{place}{message}")
 
     return showwarning
 

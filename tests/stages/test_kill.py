@@ -13,7 +13,7 @@ STATEFUL = {
     "rlhf.iterations": 5,
     "rlhf.epochs": 2,
     "rlhf.critic_warmup": 1,
-    "rlhf.target_kl": 0.02,
+    "rlhf.target_kl": 2e-4,
     "rlhf.ema_decay": 0.9,
     "rlhf.ptx_coef": 0.5,
     "rlhf.kl.target": 0.5,

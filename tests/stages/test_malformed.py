@@ -1,0 +1,201 @@
+"""Mistakes of every kind end in one line on stderr, and take nothing away."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hybrid_engine import train_rlhf
+from tests.stages.runs import Trainer, files, metrics, summary
+
+GOOD_ROW = json.dumps({"prompt": "film is", "chosen": " good", "rejected": " bad"})
+
+
+def bad_json(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    data = scratch / "rows.jsonl"
+    data.write_text(f'{GOOD_ROW}\n{{"prompt": "film is", "chosen"\n')
+    return Trainer(trainer.model, data), [], f"{data}:2: bad JSON"
+
+
+def missing_column(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    data = scratch / "rows.jsonl"
+    data.write_text(f'{GOOD_ROW}\n{{"prompt": "film is", "chosen": " good"}}\n')
+    return Trainer(trainer.model, data), [], f"{data}:2: column 'rejected' is missing"
+
+
+def empty_file(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    data = scratch / "rows.jsonl"
+    data.write_text("")
+    return Trainer(trainer.model, data), [], str(data)
+
+
+def long_prompts(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """The tiny model has a context of 512."""
+    return trainer.having({"data.max_length": 2000}), [], "data.max_length (2000) is more than"
+
+
+def no_room_for_answers(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """Every prompt is longer than what the settings allow."""
+    return trainer.having({"data.max_prompt_tokens": 2}), [], "no rows to train on"
+
+
+def wrong_model_path(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    return Trainer(scratch / "no-model", trainer.data), [], "no-model: no such model directory"
+
+
+def unknown_yaml_key(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    recipe = scratch / "run.yaml"
+    recipe.write_text("seed: 1\nrlhf:\n  kl:\n    coeff: 0.1\n")
+    return trainer, ["--config", str(recipe)], f"{recipe}:4: unknown key 'rlhf.kl.coeff'"
+
+
+def non_numeric_split(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    return trainer, ["--data-split", "two,4,4"], "--data-split"
+
+
+def truncated_weights(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    model = shutil.copytree(trainer.model, scratch / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return Trainer(model, trainer.data), [], "model.safetensors: damaged safetensors file"
+
+
+def missing_reward_file(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    return trainer.having({"judge.rewards": "gone.py:f"}), [], "reward file gone.py does not exist"
+
+
+def bad_deepspeed_json(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    settings = scratch / "ds.json"
+    settings.write_text('{"zero_optimization": ')
+    return trainer, ["--deepspeed", str(settings)], str(settings)
+
+
+MISTAKES = [
+    bad_json,
+    missing_column,
+    empty_file,
+    long_prompts,
+    no_room_for_answers,
+    wrong_model_path,
+    unknown_yaml_key,
+    non_numeric_split,
+    truncated_weights,
+    missing_reward_file,
+    bad_deepspeed_json,
+]
+
+
+def check_one_line(shown: str, wanted: str) -> None:
+    lines = shown.strip().splitlines()
+    assert len(lines) == 1, shown
+    assert lines[0].startswith("error: ")
+    assert wanted in lines[0]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_costs_nothing(trainer, trained, tmp_path, capsys, mistake):
+    """Even --overwrite leaves finished results alone until what replaces them can begin."""
+    output = shutil.copytree(trained, tmp_path / "output")
+    mistaken, flags, wanted = mistake(trainer, tmp_path)
+    mistaken(output, "--overwrite", *flags, expect=2)
+    check_one_line(capsys.readouterr().err, wanted)
+    assert metrics(output) == metrics(trained)
+    assert summary(output) == summary(trained)
+    assert files(output) == files(trained)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_an_unwritable_output(trainer, tmp_path, capsys, below):
+    file = tmp_path / "file"
+    file.write_text("not a directory")
+    trainer(Path(f"{file}{below}"), expect=2)
+    check_one_line(capsys.readouterr().err, f"--output-dir {file}{below}: ")
+    assert file.read_text() == "not a directory"
+
+
+REWARDS = """
+import math
+def nan(prompts, completions): return [1.0, math.nan] * len(prompts)
+def broken(prompts, completions): return [1 / 0]
+def text(prompts, completions): return ["good"] * len(prompts)
+def few(prompts, completions): return [1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("few", "returned 1 scores for"),
+        ("broken", "raised ZeroDivisionError: division by zero at"),
+        ("text", "returned a str ('good') for sample 0"),
+        ("gone", "has no function 'gone'"),
+    ],
+)
+def test_a_reward_that_does_not_score(trainer, prepared, tmp_path, capsys, name, wanted):
+    fail_in_step_3(trainer, prepared, tmp_path, name)
+    check_one_line(capsys.readouterr().err, wanted)
+
+
+def test_a_reward_that_returns_nan(trainer, prepared, tmp_path, capsys):
+    rewards = REWARDS.replace("* len(prompts)", "* (len(prompts) // 2)", 1)
+    output = fail_in_step_3(trainer, prepared, tmp_path, "nan", rewards)
+    check_one_line(capsys.readouterr().err, "returned nan for sample 1 (prompt: ")
+    assert metrics(output) == metrics(prepared)
+    assert files(output) == files(prepared)
+
+
+def fail_in_step_3(trainer, prepared, tmp_path, name, rewards=REWARDS) -> Path:
+    output = shutil.copytree(prepared, tmp_path / "output")
+    (tmp_path / "rewards.py").write_text(rewards)
+    settings = {"judge.rewards": f"{tmp_path}/rewards.py:{name}", "rlhf.eval_prompts": 6}
+    trainer.having(settings)(output, "--steps", "3", expect=2)
+    return output
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A full disk, as far as files of this process are concerned."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("save_steps", [1, 0])
+def test_a_disk_that_fills_up(trainer, trained, tmp_path, capsys, save_steps):
+    """While a checkpoint is written, and while the model is; the run resumes when there is room."""
+    saving = trainer.having({"sft.save_steps": save_steps})
+    with largest_file(100_000):
+        saving(tmp_path, "--steps", "1", expect=2)
+    check_one_line(capsys.readouterr().err, "File too large")
+    saving(tmp_path, "--resume")
+    assert metrics(tmp_path) == metrics(trained, "sft")
+    model = "sft/model.safetensors"
+    assert files(tmp_path)[model] == files(trained)[model]
+
+
+def test_a_bug_is_one_line_with_the_traceback_in_the_log(trainer, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("hybrid_engine.stages.sft.train_step", fail)
+    trainer(tmp_path, expect=1)
+    log = tmp_path / "run.log"
+    wanted = f"internal error: KeyError: 'a bug' (traceback in {log})\n"
+    assert capsys.readouterr().err == wanted
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_rlhf.main(["--help"])
+    assert ended.value.code == 0
+    assert "--actor-model" in capsys.readouterr().out
