@@ -134,8 +134,9 @@ class Checkpoints:
             _as_user_error(self.directory, lambda: self._prepare(partial))
         barrier("begin checkpoint")
         yield partial
+        barrier("write checkpoint")  # a rank still writing renames files under the walk below
         _sync_tree(partial)
-        barrier("write checkpoint")
+        barrier("sync checkpoint")
         if is_main():
             self._finish(partial, name)
         barrier("publish checkpoint")

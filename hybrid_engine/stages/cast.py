@@ -58,11 +58,10 @@ class Cast:
 
     def trunk(self, batch: PackedBatch) -> Trunk | None:
         """Output of the shared blocks on a batch, without gradient; None if nothing is shared."""
-        return (
-            compute_trunk(self.actor.model, batch, self.shared_blocks)
-            if self.shared_blocks
-            else None
-        )
+        if not self.shared_blocks:
+            return None
+        assert isinstance(self.actor.model, CausalLM)  # only native models share
+        return compute_trunk(self.actor.model, batch, self.shared_blocks)
 
     @torch.no_grad()
     def reference_scores(

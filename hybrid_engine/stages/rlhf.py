@@ -24,7 +24,7 @@ from hybrid_engine.rl.moments import moments_of
 from hybrid_engine.run import Run
 from hybrid_engine.stages.cast import STAGE, Cast, assemble, both_training
 from hybrid_engine.stages.heldout import Heldout, compare, measure, write_samples
-from hybrid_engine.stages.loop import StageLoop, local_share
+from hybrid_engine.stages.loop import Component, StageLoop, local_share
 from hybrid_engine.stages.scoring import Scored, Scorer
 from hybrid_engine.stages.update import Updater, hash_seed
 
@@ -42,7 +42,7 @@ def train_rlhf(run: Run) -> None:
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})
-    components = {"kl": scorer.kl, "score_moments": scorer.moments}
+    components: dict[str, Component] = {"kl": scorer.kl, "score_moments": scorer.moments}
 
     heldout = [data.heldout[i] for i in range(min(config.eval_prompts, len(data.heldout)))]
     unseen = run.config.judge.unseen_judge

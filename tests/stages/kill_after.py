@@ -1,5 +1,5 @@
 """``python -m tests.stages.kill_after STAGE LINES ARGUMENTS``: train, and die by SIGKILL as soon as
-the stage has written so many lines of metrics.
+the stage has written so many lines of metrics. Of several ranks, the first dies.
 """
 
 import os
@@ -7,10 +7,14 @@ import signal
 import sys
 
 from hybrid_engine import train_rlhf
+from hybrid_engine.distributed.launch import launch
 from hybrid_engine.report.files import MetricsFile
 
 
 def main() -> None:
+    if "--num-gpus" in sys.argv and "RANK" not in os.environ:
+        ranks = int(sys.argv[sys.argv.index("--num-gpus") + 1])
+        sys.exit(launch("tests.stages.kill_after", sys.argv[1:], ranks))
     stage, lines = sys.argv[1], int(sys.argv[2])
     append = MetricsFile.append
 

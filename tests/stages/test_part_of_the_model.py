@@ -1,4 +1,4 @@
-"""LoRA and top-layer training: what is trained, what is shared, and that neither changes a number."""
+"""LoRA and top layers: what is trained, what is shared, and that sharing changes no number."""
 
 from __future__ import annotations
 
