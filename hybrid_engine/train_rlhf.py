@@ -33,9 +33,9 @@ def run(config: RunConfig) -> int:
     """The steps in order, each from the files that the one before it left in the output
     directory. Returns the exit code.
     """
+    from hybrid_engine import preflight
     from hybrid_engine.distributed import process_group
     from hybrid_engine.output import open_output
-    from hybrid_engine.rewards import build_rewards
     from hybrid_engine.stages import reward, rlhf, sft
 
     steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
@@ -44,8 +44,7 @@ def run(config: RunConfig) -> int:
     try:
         with open_output(config) as session:
             log = session.reporter.log_path
-            if 3 in config.steps:  # a misspelt reward must not come to light after hours of 1 and 2
-                build_rewards(config.judge)
+            preflight.check(session)
             for step in config.steps:
                 if session.finished(step):
                     session.reporter.note(f"step {step} is done already")

@@ -145,7 +145,7 @@ def compare(before: Heldout, after: Heldout) -> dict[str, float]:
     summary: dict[str, float] = {}
     for name in ("reward", "judge"):
         old, new = getattr(before, name), getattr(after, name)
-        if old:
+        if old or name == "reward":
             differences = [b - a for a, b in zip(old, new, strict=True)]
             summary |= {
                 f"{name}_before": mean(old),
@@ -184,7 +184,8 @@ def write_samples(
 
 
 def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    """nan for no values."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:

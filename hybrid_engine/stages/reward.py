@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -133,17 +134,19 @@ def evaluate(
 
 def describe_scores(scores: Tensor, lengths: Tensor) -> dict[str, float]:
     """Summary of interleaved (chosen, rejected) scores [2P] and the lengths [2P] of the texts
-    scored.
+    scored; nan where there is no pair.
     """
     chosen, rejected = scores.view(-1, 2).unbind(1)
-    low, median, high = torch.quantile(
-        scores, torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype)
-    ).tolist()
+    std, low, median, high = [math.nan] * 4  # torch warns or fails where there is no score
+    if len(scores):
+        std = float(scores.std())
+        shares = torch.tensor([0.05, 0.5, 0.95], dtype=scores.dtype)
+        low, median, high = torch.quantile(scores, shares).tolist()
     return {
         "accuracy": float((chosen > rejected).double().mean()),
         "margin": float((chosen - rejected).mean()),
         "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
+        "score_std": std,
         "score_p05": low,
         "score_median": median,
         "score_p95": high,

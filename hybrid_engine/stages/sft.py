@@ -94,7 +94,7 @@ def evaluate(
     engine: TrainEngine, examples: Sequence[SFTExample], max_tokens: int
 ) -> dict[str, float]:
     """Mean negative log-likelihood of an answer token on held-out rows, in nats, and its
-    exponential.
+    exponential; nan where no row is held out.
     """
     share = local_share(range(len(examples)))
     tokens = [examples[i].tokens for i in share]
@@ -105,5 +105,5 @@ def evaluate(
         sums["nll"] -= float(logprobs.double().sum())
         sums["targets"] += len(part.targets)
     sums = all_reduce_sums(sums)
-    loss = sums["nll"] / max(sums["targets"], 1)
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < LARGEST_LOG else math.inf}
+    loss = sums["nll"] / sums["targets"] if sums["targets"] else math.nan
+    return {"loss": loss, "perplexity": math.inf if loss > LARGEST_LOG else math.exp(loss)}

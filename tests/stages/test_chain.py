@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.stages.runs import column, files, metrics, summary
+from tests.stages.runs import Trainer, column, files, metrics, summary
 
 
 def test_the_output_directory_has_what_its_contract_says(trained):
@@ -130,3 +130,19 @@ def test_one_pass_over_the_prompts_ends_with_a_short_rollout(trainer, prepared, 
     few = trainer.having({"rlhf.iterations": 0, "data.max_rows": 50, "rlhf.minibatches": 8})
     few(output, "--steps", "3")
     assert all(m["first_log_ratio"] == 0.0 for m in metrics(output, "rlhf"))
+
+
+def test_nothing_held_out_measures_nothing(trainer, tiny_model, tmp_path):
+    """null, not a number that looks like a result."""
+    few = tmp_path / "few.jsonl"
+    row = {"prompt": "film is", "chosen": " good", "rejected": " bad"}
+    few.write_text(json.dumps(row) + "\n")
+    splits = {"1": "1,0,0", "2": "0,1,0", "3": "0,0,1"}
+    for step, split in splits.items():
+        lone = Trainer(tiny_model, few).having({"data.split": split})
+        lone(tmp_path / "output", "--steps", step)
+    results = summary(tmp_path / "output")
+    assert results["sft"]["heldout_loss_after"] is None
+    assert results["reward"]["heldout_accuracy"] is None
+    assert results["rlhf"]["reward_after"] is None
+    assert results["rlhf"]["heldout_prompts"] == 0

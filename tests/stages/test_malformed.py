@@ -70,6 +70,15 @@ def missing_reward_file(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[
     return trainer.having({"judge.rewards": "gone.py:f"}), [], "reward file gone.py does not exist"
 
 
+def reward_model_that_is_missing(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    shutil.rmtree(scratch / "output/reward")
+    return trainer, ["--steps", "1", "3"], "step 3 needs a reward model and"
+
+
+def half_precision_without_gpu(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    return trainer.having({"dtype": "bfloat16"}), [], "generates with float32 weights on a CPU"
+
+
 def bad_deepspeed_json(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
     settings = scratch / "ds.json"
     settings.write_text('{"zero_optimization": ')
@@ -87,6 +96,8 @@ MISTAKES = [
     non_numeric_split,
     truncated_weights,
     missing_reward_file,
+    reward_model_that_is_missing,
+    half_precision_without_gpu,
     bad_deepspeed_json,
 ]
 
@@ -103,11 +114,12 @@ def test_a_mistake_is_one_line_and_costs_nothing(trainer, trained, tmp_path, cap
     """Even --overwrite leaves finished results alone until what replaces them can begin."""
     output = shutil.copytree(trained, tmp_path / "output")
     mistaken, flags, wanted = mistake(trainer, tmp_path)
+    before = files(output)
     mistaken(output, "--overwrite", *flags, expect=2)
     check_one_line(capsys.readouterr().err, wanted)
     assert metrics(output) == metrics(trained)
     assert summary(output) == summary(trained)
-    assert files(output) == files(trained)
+    assert files(output) == before
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
