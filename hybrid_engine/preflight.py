@@ -9,6 +9,7 @@ from hybrid_engine.engine.deepspeed_config import read_user_json
 from hybrid_engine.errors import UserError
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
+from hybrid_kernels import native_available
 
 
 def check(run: Run) -> None:
@@ -19,9 +20,14 @@ def check(run: Run) -> None:
     """
     config = run.config
     check_dtype(config, torch.cuda.is_available())
-    if config.deepspeed:
-        read_user_json(config.deepspeed)
+    settings = read_user_json(config.deepspeed) if config.deepspeed else {}
     if 3 in config.steps:
+        stage = config.zero_stage or settings.get("zero_optimization", {}).get("stage", 0)
+        if stage == 3 and not native_available():
+            raise UserError(
+                "generating under ZeRO-3 needs the native kernels (see the warning above); use "
+                "ZeRO stage 0, 1 or 2"
+            )
         needs_reward_model = build_rewards(config.judge).needs_model or config.rlhf.uses_critic
         if needs_reward_model and 2 not in config.steps:
             run.trained_reward_model()

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+OURS = {"hybrid_engine", "hybrid_kernels"}
 
 
 class Forward(logging.Handler):
@@ -69,7 +69,8 @@ def _show(receive: Callable[[int, str], None]) -> Callable[..., None]:
         file: object = None,
         line: str | None = None,
     ) -> None:
-        ours = Path(filename).is_relative_to(PACKAGE)  # addressed to the user, wherever it arose
+        # Ours are addressed to the user, who need not know where they arose.
+        ours = not OURS.isdisjoint(Path(filename).parent.parts[-3:])
         place = "" if ours else f"{filename}:{lineno}: {category.__name__}: "
         receive(logging.WARNING, f"{place}{message}")
 

@@ -38,7 +38,7 @@ def rows(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         stem = key.removesuffix("_after")
         if isinstance(value, Mapping):
             yield from rows(value, f"{prefix}{key}.")
-        elif isinstance(value, bool) or key == "nonfinite" or is_part_of_another(key, values):
+        elif isinstance(value, bool) or is_part_of_another(key, values):
             continue
         elif f"{stem}_before" in values:
             yield (

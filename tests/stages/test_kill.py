@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
+from pathlib import Path
 
 import pytest
 
+from hybrid_engine import train_rlhf
+from hybrid_engine.stages.loop import StageLoop
 from tests.stages.runs import Trainer, files, metrics, summary
 
 # Everything that carries state from one iteration to the next.
@@ -66,37 +70,84 @@ def test_resume_needs_no_other_word(stateful, uninterrupted, tmp_path):
     """The settings are those that the interrupted run wrote down."""
     killed = stateful.spawn(tmp_path, through="tests.stages.kill_after rlhf 1")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    from hybrid_engine import train_rlhf
-
     assert train_rlhf.main(["--resume", "--output-dir", str(tmp_path)]) == 0
     assert metrics(tmp_path) == metrics(uninterrupted)
 
 
-def test_seconds_of_a_resumed_step_include_those_before(stateful, tmp_path, monkeypatch):
-    import json
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch):
+    """Trains until right after the first checkpoint of a stage, where Ctrl-C comes."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def train(trainer: Trainer, output: Path, *flags: str) -> None:
+        save = StageLoop._save
 
-    with monkeypatch.context() as patched:
-        patched.setattr("hybrid_engine.stages.sft.StageLoop._save", wrapped_save(interrupt))
-        stateful(tmp_path, "--steps", "1", expect=130)
+        def save_and_stop(self, step):
+            save(self, step)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(StageLoop, "_save", save_and_stop)
+            trainer(output, *flags, expect=130)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model.lora_r": 4},
+        {"model.trainable_layers": 1},
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"rlhf.advantage": "rloo", "rlhf.generation.samples_per_prompt": 2},
+    ],
+    ids=str,
+)
+def test_every_way_of_training_resumes_to_the_same_bits(trainer, tmp_path, interrupted, settings):
+    way = trainer.having({**settings, "rlhf.ema_decay": 0.9})
+    whole = way(tmp_path / "whole")
+    interrupted(way, tmp_path / "parts")  # in step 1
+    for _ in range(2):  # in step 2 and in step 3
+        interrupted(way, tmp_path / "parts", "--resume")
+    way(tmp_path / "parts", "--resume")
+    assert metrics(tmp_path / "parts") == metrics(whole)
+    assert files(tmp_path / "parts") == files(whole)
+
+
+def test_seconds_of_a_resumed_step_include_those_before(trainer, tmp_path, interrupted):
+    interrupted(trainer, tmp_path, "--steps", "1")
     state = json.loads(next((tmp_path / "checkpoints/sft").glob("*/state.json")).read_text())
     before = state["components"]["spent"]
-    stateful(tmp_path, "--resume")
+    trainer(tmp_path, "--resume")
     after = json.loads((tmp_path / "summary.json").read_text())["sft"]
     assert after["seconds"] > before["seconds"] > 0
     assert after["phase_seconds"]["train"] > before["phase_seconds"]["train"] > 0
 
 
-def wrapped_save(then):
-    """StageLoop._save, and `then` behind it."""
-    from hybrid_engine.stages.loop import StageLoop
+def test_resuming_with_other_settings_is_said(trainer, tmp_path, interrupted, capsys):
+    interrupted(trainer, tmp_path, "--steps", "1")
+    capsys.readouterr()
+    trainer.having({"seed": 7})(tmp_path, "--resume")
+    shown = capsys.readouterr().out
+    assert shown.count("warning: ") == 1
+    assert "warning: resuming with another seed: 7, was 0" in shown
 
-    save = StageLoop._save
 
-    def save_and_go_on(self, step):
-        save(self, step)
-        then()
-
-    return save_and_go_on
+@pytest.mark.parametrize(
+    "settings, wanted",
+    [
+        ({"zero_stage": 2}, "its ZeRO stage was 0, now it is 2"),
+        ({"model.trainable_layers": 1}, "checksum of the frozen weights"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    trainer, tmp_path, interrupted, capsys, settings, wanted
+):
+    interrupted(trainer, tmp_path, "--steps", "1")
+    capsys.readouterr()
+    trainer.having(settings)(tmp_path, "--resume", expect=2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: cannot resume policy")
+    assert wanted in error
+    assert error.count("\n") == 1
