@@ -74,6 +74,15 @@ def _replace(final: Path, partial: Path, previous: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
+def _remove_leftovers(final: Path) -> None:
+    """Of processes that were killed while they wrote; a directory has one writer at a time."""
+    kinds = ["partial", "previous"] if final.exists() else ["partial"]
+    for leftover in (
+        path for kind in kinds for path in final.parent.glob(f".{final.name}.{kind}-*")
+    ):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
 def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
     """A fresh sibling directory that takes ``directory``'s place at the end; None if not writer."""
@@ -84,7 +93,7 @@ def written_atomically(directory: Path, writer: bool) -> Iterator[Path | None]:
     partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
     previous = final.with_name(f".{final.name}.previous-{os.getpid()}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_leftovers(final)
         partial.mkdir(parents=True)
         yield partial
         _replace(final, partial, previous)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from hybrid_engine import train_rlhf
 from tests.stages.runs import Trainer, column, files, metrics, summary
+from tests.tiny import make_tiny_model
 
 
 def test_the_output_directory_has_what_its_contract_says(trained):
@@ -130,6 +132,41 @@ def test_one_pass_over_the_prompts_ends_with_a_short_rollout(trainer, prepared, 
     few = trainer.having({"rlhf.iterations": 0, "data.max_rows": 50, "rlhf.minibatches": 8})
     few(output, "--steps", "3")
     assert all(m["first_log_ratio"] == 0.0 for m in metrics(output, "rlhf"))
+
+
+def test_the_written_settings_repeat_the_run(trained, tmp_path):
+    again = ["--config", str(trained / "config.yaml"), "--output-dir", str(tmp_path)]
+    assert train_rlhf.main(again) == 0
+    assert metrics(tmp_path) == metrics(trained)
+    assert files(tmp_path) == files(trained)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "opt", "gpt2"])
+def test_every_native_family_takes_all_steps(preferences, tmp_path, family):
+    model = make_tiny_model(tmp_path / "model", family)
+    output = Trainer(model, preferences)(tmp_path / "output")
+    assert column(metrics(output, "rlhf"), "first_log_ratio") == [0.0, 0.0, 0.0]
+    sft = metrics(output, "sft")
+    assert sft[-1]["loss"] < sft[0]["loss"]
+    AutoModelForCausalLM.from_pretrained(output / "rlhf/actor")
+    AutoModelForSequenceClassification.from_pretrained(output / "rlhf/critic")
+
+
+def test_a_deepspeed_file_is_obeyed(trainer, trained, tmp_path, capsys):
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    output = trainer(tmp_path / "output", "--deepspeed", str(settings), "--steps", "1")
+    ours, theirs = metrics(output, "sft"), metrics(trained, "sft")
+    assert column(ours, "loss") == pytest.approx(column(theirs, "loss"), rel=1e-5)
+    trainer(tmp_path / "other", "--deepspeed", str(settings), "--zero-stage", "2", expect=2)
+    assert "--zero-stage is 2 but" in capsys.readouterr().err
+
+
+def test_leftovers_of_a_killed_save_go(trainer, tmp_path):
+    leftover = tmp_path / ".sft.partial-1"
+    leftover.mkdir(parents=True)
+    trainer(tmp_path, "--steps", "1")
+    assert not leftover.exists()
 
 
 def test_nothing_held_out_measures_nothing(trainer, tiny_model, tmp_path):
