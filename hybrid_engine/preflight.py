@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hybrid_engine.config import RunConfig
-from hybrid_engine.engine.deepspeed_config import read_user_json
 from hybrid_engine.errors import UserError
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
@@ -18,21 +17,24 @@ def check(run: Run) -> None:
     Raises:
         UserError: a file or package that is missing, or a setting that this machine cannot serve.
     """
+    check_dtype(run.config, torch.cuda.is_available())
+    zero_stage = run.zero_stage  # reads the DeepSpeed file
+    if 3 in run.config.steps:
+        check_step_3(run, zero_stage)
+
+
+def check_step_3(run: Run, zero_stage: int) -> None:
     config = run.config
-    check_dtype(config, torch.cuda.is_available())
-    settings = read_user_json(config.deepspeed) if config.deepspeed else {}
-    if 3 in config.steps:
-        stage = config.zero_stage or settings.get("zero_optimization", {}).get("stage", 0)
-        if stage == 3 and not native_available():
-            raise UserError(
-                "generating under ZeRO-3 needs the native kernels (see the warning above); use "
-                "ZeRO stage 0, 1 or 2"
-            )
-        needs_reward_model = build_rewards(config.judge).needs_model or config.rlhf.uses_critic
-        if needs_reward_model and 2 not in config.steps:
-            run.trained_reward_model()
-        if config.judge.unseen_judge != "none":
-            build_judge(config.judge.unseen_judge, config.seed)
+    if zero_stage == 3 and not native_available():
+        raise UserError(
+            "generating under ZeRO-3 needs the native kernels (see the warning above); use ZeRO "
+            "stage 0, 1 or 2"
+        )
+    needs_reward_model = build_rewards(config.judge).needs_model or config.rlhf.uses_critic
+    if needs_reward_model and 2 not in config.steps:
+        run.trained_reward_model()
+    if config.judge.unseen_judge != "none":
+        build_judge(config.judge.unseen_judge, config.seed)
 
 
 def check_dtype(config: RunConfig, has_gpu: bool) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hybrid_engine.checkpoint import Checkpoints
 from hybrid_engine.config import OptimizerConfig, RunConfig
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from hybrid_engine.data import StageData
     from hybrid_engine.engine.train_engine import TrainEngine
-    from hybrid_engine.models import CausalLM, ScalarModel
+    from hybrid_engine.models import (
+        CausalLM,
+        ForeignCausalLM,
+        ForeignScalarModel,
+        LoRAConfig,
+        ScalarModel,
+    )
+    from hybrid_engine.models.saving import AnyModel
 
 STAGE_OF_STEP = {1: "sft", 2: "reward", 3: "rlhf"}
 
@@ -107,28 +114,32 @@ class Run:
 
     # Loading
 
-    def load_policy(self, source: str) -> CausalLM:
-        from hybrid_engine.models import LoRAConfig, load_causal_lm
+    def load_policy(self, source: str) -> CausalLM | ForeignCausalLM:
+        from hybrid_engine.models import load_causal_lm
 
         model = self.config.model
-        lora = LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
-        policy = load_causal_lm(source, model.dtype, lora, model.trainable_layers)
+        policy = load_causal_lm(source, model.dtype, self._lora(), model.trainable_layers)
         policy.gradient_checkpointing = model.gradient_checkpointing
         return policy
 
-    def load_scalar(self, source: str) -> ScalarModel:
+    def load_scalar(self, source: str) -> ScalarModel | ForeignScalarModel:
         """A reward or value model: a trained one with its head, or a language model with a new
         one.
         """
-        from hybrid_engine.models import LoRAConfig, load_scalar_model
+        from hybrid_engine.models import load_scalar_model
 
         model = self.config.model
-        lora = LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
         scalar = load_scalar_model(
-            source, model.dtype, lora, model.trainable_layers, self.config.seed
+            source, model.dtype, self._lora(), model.trainable_layers, self.config.seed
         )
         scalar.gradient_checkpointing = model.gradient_checkpointing
         return scalar
+
+    def _lora(self) -> LoRAConfig | None:
+        from hybrid_engine.models import LoRAConfig
+
+        model = self.config.model
+        return LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
 
     def load_frozen(self, load: Callable[..., Any], source: str) -> Any:
         """A model that is only asked, never trained: `load` is load_causal_lm or
@@ -159,23 +170,36 @@ class Run:
 
     # Training and saving
 
+    def deepspeed_settings(self) -> dict[str, Any]:
+        """The user's DeepSpeed JSON, with the ZeRO stage in it.
+
+        Raises:
+            UserError: --zero-stage and the file contradict each other.
+        """
+        from hybrid_engine.engine.deepspeed_config import read_user_json
+
+        config = self.config
+        settings = read_user_json(config.deepspeed) if config.deepspeed else {}
+        zero = settings.setdefault("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise UserError(f"{config.deepspeed}: zero_optimization must be an object, got {zero}")
+        stage = zero.setdefault("stage", config.zero_stage)
+        if config.zero_stage and stage != config.zero_stage:
+            raise UserError(
+                f"--zero-stage is {config.zero_stage} but {config.deepspeed} says {stage}; give one"
+            )
+        return settings
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed_settings()["zero_optimization"]["stage"]
+
     def train_engine(
         self, module: Any, optimizer: OptimizerConfig, total_steps: int, name: str
     ) -> TrainEngine:
-        from hybrid_engine.engine.deepspeed_config import read_user_json
         from hybrid_engine.engine.train_engine import TrainEngine
 
-        settings = read_user_json(self.config.deepspeed) if self.config.deepspeed else {}
-        zero = settings.setdefault("zero_optimization", {})
-        if (
-            self.config.zero_stage
-            and zero.setdefault("stage", self.config.zero_stage) != self.config.zero_stage
-        ):
-            raise UserError(
-                f"--zero-stage is {self.config.zero_stage} but {self.config.deepspeed} says "
-                f"{zero['stage']}; give one"
-            )
-        return TrainEngine(module, optimizer, total_steps, settings, name)
+        return TrainEngine(module, optimizer, total_steps, self.deepspeed_settings(), name)
 
     def save_model(
         self,
@@ -190,4 +214,4 @@ class Run:
         from hybrid_engine.models import save_model
 
         with engine.parameters_replaced(replace or {}):
-            save_model(engine.module, directory, tokenizer)
+            save_model(cast("AnyModel", engine.module), directory, tokenizer)

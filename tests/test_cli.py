@@ -99,6 +99,7 @@ def test_launchers_rank_is_no_setting():
 
 @pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 def test_only_the_first_rank_announces(monkeypatch, capsys, variable):
+    monkeypatch.delenv("RANK", raising=False)  # a process group of another test sets it
     monkeypatch.setenv(variable, "1")
     parse([])
     assert capsys.readouterr().out == ""

@@ -20,6 +20,8 @@ from hybrid_engine.distributed.process_group import FAILURE_DIR, LIFELINE_FD
 
 _POLL_SECONDS = 0.05
 _TAIL_LINES = 40
+# A rank that ended so could not report; its peers could, but know only that they lost it.
+_CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 def launch(
@@ -89,7 +91,7 @@ class _Ranks:
             while True:
                 codes = [p.poll() for p in self.processes]
                 if any(codes):
-                    return self._fail()
+                    return self._fail(codes)
                 if all(code == 0 for code in codes):
                     return 0
                 time.sleep(_POLL_SECONDS)
@@ -112,10 +114,12 @@ class _Ranks:
             if process.poll() is None:
                 process.send_signal(number if self.interrupts == 1 else signal.SIGKILL)
 
-    def _fail(self) -> int:
-        first_exit = next(r for r, p in enumerate(self.processes) if p.poll())
+    def _fail(self, codes: Sequence[int | None]) -> int:
+        """`codes`: exit codes so far, before this process stops the other ranks."""
+        first_exit = next(rank for rank, code in enumerate(codes) if code)
+        crashed = [rank for rank, code in enumerate(codes) if code and -code in _CRASHES]
         self._stop_others()
-        failed = self._earliest_report(default=first_exit)
+        failed = crashed[0] if crashed else self._earliest_report(default=first_exit)
         code = self.processes[failed].returncode or self.processes[first_exit].returncode
         if self.interrupts == 0:
             self._show(failed, code)

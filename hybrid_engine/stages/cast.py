@@ -97,7 +97,10 @@ def assemble(
     everyone = [
         model for model in (actor, reference, critic, reward_model, original) if model is not None
     ]
-    shared = share_frozen_trunk(everyone) if config.zero_stage < 3 else 0
+    natives = [model for model in everyone if isinstance(model, (CausalLM, ScalarModel))]
+    shared = 0
+    if len(natives) == len(everyone) and run.zero_stage < 3:
+        shared = share_frozen_trunk(natives)
     policy = run.train_engine(actor, config.rlhf.actor_optimizer, optimizer_steps, "actor")
     critic_engine = None
     if critic is not None:

@@ -132,3 +132,19 @@ def files(output: Path) -> dict[str, bytes]:
 
 def column(lines: list[dict[str, Any]], key: str) -> list[Any]:
     return [line[key] for line in lines]
+
+
+EXACT = ("stage", "iteration", "response_length", "eos_rate", "tokens", "epochs")
+
+
+def check_close(one: Path, other: Path) -> None:
+    """All metrics of two runs within 1e-3 (relative above 1), what counts samples equal."""
+    ours, theirs = metrics(one), metrics(other)
+    assert len(ours) == len(theirs) > 0
+    for line, wanted in zip(ours, theirs, strict=True):
+        assert line.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if key in EXACT:
+                assert line[key] == value, key
+            else:
+                assert abs(line[key] - value) < 1e-3 * max(1.0, abs(value)), key

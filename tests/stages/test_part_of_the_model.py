@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hybrid_engine.models import adapters_disabled, load_causal_lm, pack, response_rows
 from hybrid_engine.stages import cast as cast_module
 from hybrid_engine.stages import rlhf
-from tests.stages.runs import column, files, metrics
+from tests.stages.runs import check_close, column, files, metrics
 
 SENTENCE = list(b"film 7 is good")
 
@@ -76,6 +77,17 @@ def test_a_shared_trunk_changes_no_bit(trainer, tmp_path, casts, monkeypatch):
     assert [cast.shared_blocks for cast in casts] == [1, 0]
     assert metrics(shared) == metrics(apart)
     assert files(shared) == files(apart)
+
+
+def test_parameters_that_zero_3_scatters_are_not_shared(trainer, tmp_path, casts):
+    """The stage may come from the user's own DeepSpeed file."""
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    top = trainer.having({"model.trainable_layers": 1})
+    scattered = top(tmp_path / "scattered", "--deepspeed", str(settings))
+    whole = top(tmp_path / "whole")
+    assert [cast.shared_blocks for cast in casts] == [0, 1]
+    check_close(scattered, whole)
 
 
 def test_only_the_top_moves(trainer, tiny_model, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.runs import Trainer, files, metrics, summary
+from tests.stages.runs import Trainer, check_close, files, summary
 
 pytestmark = pytest.mark.multi_process
 
@@ -29,18 +29,6 @@ def uneven(trainer: Trainer) -> Trainer:
 @pytest.fixture(scope="module")
 def alone(uneven: Trainer, tmp_path_factory: pytest.TempPathFactory):
     return uneven(tmp_path_factory.mktemp("runs") / "alone")
-
-
-def check_close(many, one) -> None:
-    """All metrics within 1e-3, and what counts samples equal."""
-    ours, theirs = metrics(many), metrics(one)
-    assert len(ours) == len(theirs) == 9
-    for line, wanted in zip(ours, theirs, strict=True):
-        assert line.keys() == wanted.keys()
-        for key, value in wanted.items():
-            exact = key in ("stage", "iteration", "response_length", "eos_rate", "tokens", "epochs")
-            scale = max(1.0, abs(value)) if not exact else 0.0
-            assert value == line[key] or abs(value - line[key]) < 1e-3 * scale, (key, line, wanted)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
