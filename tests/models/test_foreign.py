@@ -46,7 +46,7 @@ def mixed_windows() -> PretrainedConfig:
 
 
 CONFIGS = {
-    "neox": (neox, "model type 'gpt_neox' has no table"),
+    "neox": (neox, "model type 'gpt_neox'"),
     "mixed-windows": (mixed_windows, "sliding windows in some layers only"),
 }
 

@@ -20,7 +20,7 @@ def family_of_type(model_type: str) -> Family:
     family = _BY_MODEL_TYPE.get(model_type)
     if family is None:
         known = ", ".join(sorted(_BY_MODEL_TYPE))
-        raise UnsupportedFamily(f"model type {model_type!r} has no table (native: {known})")
+        raise UnsupportedFamily(f"model type {model_type!r} (native: {known})")
     return family
 
 
