@@ -159,6 +159,7 @@ class Run:
         from hybrid_engine.data import load_stage
         from hybrid_engine.engine.end_tokens import end_tokens_of
 
+        self._check_context(source)
         end_tokens = end_tokens_of(source, tokenizer)
         data = load_stage(self.config.data, stage, tokenizer, self.config.seed, end_tokens)
         self.reporter.note(
@@ -167,6 +168,19 @@ class Run:
         for reason, count in data.left_out.items():
             self.reporter.note(f"{stage}: {count} rows left out: {reason}")
         return data
+
+    def _check_context(self, source: str) -> None:
+        """A row that is too long for the model must not come up in the middle of training."""
+        from hybrid_engine.models.checkpoint_files import locate
+        from hybrid_engine.models.checkpoint_io import read_config
+
+        config = read_config(locate(source)).get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and self.config.data.max_length > context:
+            raise UserError(
+                f"data.max_length ({self.config.data.max_length}) is more than the model's context "
+                f"of {context} tokens; lower it"
+            )
 
     # Training and saving
 

@@ -40,6 +40,17 @@ def long_prompts(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], s
     return trainer.having({"data.max_length": 2000}), [], "data.max_length (2000) is more than"
 
 
+def long_prompts_and_a_silent_tokenizer(
+    trainer: Trainer, scratch: Path
+) -> tuple[Trainer, list[str], str]:
+    """Where the tokenizer does not say how long a sequence may be, the model does."""
+    model = shutil.copytree(trainer.model, scratch / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Trainer(model, trainer.data).having({"data.max_length": 2000}), [], "context of 512"
+
+
 def no_room_for_answers(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
     """Every prompt is longer than what the settings allow."""
     return trainer.having({"data.max_prompt_tokens": 2}), [], "no rows to train on"
@@ -90,6 +101,7 @@ MISTAKES = [
     missing_column,
     empty_file,
     long_prompts,
+    long_prompts_and_a_silent_tokenizer,
     no_room_for_answers,
     wrong_model_path,
     unknown_yaml_key,
