@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -61,27 +62,12 @@ def train_rlhf(run: Run) -> None:
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
         for iteration, indices in loop:
             prompts = [data.train[i] for i in local_share(indices)]
-            places, total = sample_places(len(indices), config.generation.samples_per_prompt)
-            with run.reporter.phase("generate"), cast.actor.generation():
-                rollout = generate(cast, prompts, places, iteration, run)
-            with run.reporter.phase("score"):
-                scored = scorer(rollout, prompts)
-            with run.reporter.phase("train"), both_training(cast):
-                updates = updater(
-                    scored.experience,
-                    hash_seed(run.config.seed, iteration),
-                    places,
-                    total,
-                    train_policy=iteration > config.critic_warmup,
-                )
+            rollout, scored, values = iterate(
+                run, scorer, updater, prompts, len(indices), iteration
+            )
             if ema is not None:
                 ema.update(cast.policy.local_parameters())
-            values = {
-                **rollout_metrics(rollout, scored, config),
-                "kl_coef": scorer.kl.coef,
-                **updates,
-            }
-            scorer.kl.update(values["kl"], config.samples_per_iteration)
+            scorer.kl.update(values["kl"], len(indices) * config.generation.samples_per_prompt)
             if loop.due(config.eval_steps, iteration):
                 values |= {f"heldout_{name}": value for name, value in evaluate().means().items()}
             run.reporter.log(STAGE, iteration, values)
@@ -91,13 +77,36 @@ def train_rlhf(run: Run) -> None:
     if is_main():
         write_samples(run.output / "rlhf" / "samples.jsonl", heldout, before, after)
         show_pairs(run, heldout, before, after)
-    run.finish(
-        STAGE,
-        {
-            **compare(before, after),
-            "iterations": len(batches),
-        },
-    )
+    run.finish(STAGE, {**compare(before, after), "iterations": len(batches)})
+
+
+def iterate(
+    run: Run,
+    scorer: Scorer,
+    updater: Updater,
+    prompts: list[PromptExample],
+    num_prompts: int,
+    iteration: int,
+) -> tuple[Rollout, Scored, dict[str, float]]:
+    """Generate, score, train: one rollout of `num_prompts` prompts, of which `prompts` are this
+    rank's.
+    """
+    cast, config = scorer.cast, run.config.rlhf
+    places, total = sample_places(num_prompts, config.generation.samples_per_prompt)
+    with run.reporter.phase("generate"), cast.actor.generation():
+        rollout = generate(cast, prompts, places, iteration, run)
+    with run.reporter.phase("score"):
+        scored = scorer(rollout, prompts)
+    with run.reporter.phase("train"), both_training(cast):
+        updates = updater(
+            scored.experience,
+            hash_seed(run.config.seed, iteration),
+            places,
+            total,
+            train_policy=iteration > config.critic_warmup,
+        )
+    measured = rollout_metrics(rollout, scored, config)
+    return rollout, scored, {**measured, "kl_coef": scorer.kl.coef, **updates}
 
 
 def prompt_batches(count: int, config: RunConfig) -> Batches:
@@ -194,12 +203,16 @@ def demonstration_batches(
 
 
 def save(run: Run, cast: Cast, ema: EMA | None) -> None:
+    """Writes the models; those of an overwritten run that this one does not have go."""
     directory = run.output / "rlhf"
     run.save_model(cast.policy, directory / "actor", cast.tokenizer)
     if cast.critic is not None:
         run.save_model(cast.critic, directory / "critic", cast.tokenizer)
     if ema is not None:
         run.save_model(cast.policy, directory / "actor_ema", cast.tokenizer, ema.tensors())
+    for name, present in (("critic", cast.critic), ("actor_ema", ema)):
+        if present is None and is_main():
+            shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def show_sample(run: Run, cast: Cast, rollout: Rollout, scored: Scored, iteration: int) -> None:

@@ -95,6 +95,13 @@ def test_overwrite_trains_anew(trainer, trained, tmp_path):
     assert files(output)["sft/model.safetensors"] != files(trained)["sft/model.safetensors"]
 
 
+def test_overwriting_leaves_no_models_of_the_old_run(trainer, trained, tmp_path):
+    output = shutil.copytree(trained, tmp_path / "output")
+    grouped = {"rlhf.advantage": "rloo", "rlhf.generation.samples_per_prompt": 2}
+    trainer.having(grouped)(output, "--steps", "3", "--overwrite")
+    assert {p.name for p in (output / "rlhf").iterdir()} == {"actor", "samples.jsonl"}
+
+
 def test_an_interrupted_overwriting_run_resumes_with_its_own_steps(
     trainer, trained, tmp_path, capsys, monkeypatch
 ):
