@@ -53,6 +53,9 @@ class ModelConfig:
     trainable_layers: int = option(
         0, "train only the last N blocks (and the final norm); 0 trains all of them"
     )
+    reward_trainable_layers: int = option(
+        0, "the same for step 2's reward model, which may need more; 0 takes trainable_layers"
+    )
     lora_r: int = option(
         0, "rank of LoRA adapters on every linear layer; 0 trains the weights themselves"
     )
@@ -62,15 +65,14 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.trainable_layers >= 0,
-            f"model.trainable_layers is {self.trainable_layers}; give 0 or more",
-        )
+        for name in ("trainable_layers", "reward_trainable_layers"):
+            value = getattr(self, name)
+            require(value >= 0, f"model.{name} is {value}; give 0 or more")
         require(self.lora_r >= 0, f"model.lora_r is {self.lora_r}; give 0 (no LoRA) or a rank")
         require(
-            not (self.lora_r and self.trainable_layers),
-            "model.lora_r and model.trainable_layers are both set; choose one way of training "
-            "part of the model",
+            not (self.lora_r and (self.trainable_layers or self.reward_trainable_layers)),
+            "model.lora_r and model.trainable_layers (or reward_trainable_layers) are both set; "
+            "choose one way of training part of the model",
         )
 
 
@@ -196,9 +198,7 @@ class RewardConfig:
     centering: float = option(
         0.0, "weight of (chosen + rejected)^2, which keeps scores around zero"
     )
-    eval_steps: int = option(
-        0, "evaluate on held-out pairs every so many steps; 0 only before and after"
-    )
+    eval_steps: int = option(0, "evaluate on held-out pairs every so many steps; 0 only at the end")
     save_steps: int = option(100, "write a resumable checkpoint every so many steps; 0 never")
     optimizer: OptimizerConfig = section(OptimizerConfig)
 

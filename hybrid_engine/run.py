@@ -122,15 +122,21 @@ class Run:
         policy.gradient_checkpointing = model.gradient_checkpointing
         return policy
 
-    def load_scalar(self, source: str) -> ScalarModel | ForeignScalarModel:
+    def load_scalar(
+        self, source: str, trainable_layers: int = 0
+    ) -> ScalarModel | ForeignScalarModel:
         """A reward or value model: a trained one with its head, or a language model with a new
-        one.
+        one. `trainable_layers` 0 takes the policy's.
         """
         from hybrid_engine.models import load_scalar_model
 
         model = self.config.model
         scalar = load_scalar_model(
-            source, model.dtype, self._lora(), model.trainable_layers, self.config.seed
+            source,
+            model.dtype,
+            self._lora(),
+            trainable_layers or model.trainable_layers,
+            self.config.seed,
         )
         scalar.gradient_checkpointing = model.gradient_checkpointing
         return scalar

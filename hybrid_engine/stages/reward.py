@@ -32,7 +32,10 @@ def train_reward(run: Run) -> None:
         len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps
     )
     engine = run.train_engine(
-        run.load_scalar(source), config.optimizer, len(batches), "reward model"
+        run.load_scalar(source, run.config.model.reward_trainable_layers),
+        config.optimizer,
+        len(batches),
+        "reward model",
     )
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"reward": engine})
 
@@ -44,7 +47,6 @@ def train_reward(run: Run) -> None:
             }
 
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
-        before = loop.remember(measure)
         for step, indices in loop:
             with run.reporter.phase("train"):
                 values = train_step(engine, [data.train[i] for i in local_share(indices)], config)
@@ -56,7 +58,6 @@ def train_reward(run: Run) -> None:
     run.finish(
         STAGE,
         {
-            "heldout_accuracy_before": before["heldout_accuracy"],
             **after,
             "heldout_pairs": len(data.heldout),
             "pairs": len(data.train),
