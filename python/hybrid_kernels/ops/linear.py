@@ -99,7 +99,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_a, lora_b = ctx.saved_tensors
     wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
     grad = grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
-    rows = None if x is None else x.reshape(-1, x.shape[-1])
+    rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
     grad_x = matmul(grad, weight) if wants_x else None
     grad_weight = matmul(grad.T, rows) if wants_weight else None
     grad_bias = grad.sum(0) if wants_bias else None
