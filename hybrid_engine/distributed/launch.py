@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,13 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="hybrid-engine-ranks-") as scratch:
         ranks = _Ranks(Path(scratch), grace_seconds)
         try:
-            for rank in range(num_processes):
-                env = RankEnv(rank, num_processes, rank, num_processes, "127.0.0.1", store.port)
-                ranks.start(env, [sys.executable, "-m", module, *arguments])
-            return ranks.wait()
+            # Before the ranks start: a signal that this process handles, they receive, even where
+            # it was ignored (as SIGINT is in a shell's background job).
+            with ranks.forwarding_signals():
+                for rank in range(num_processes):
+                    env = RankEnv(rank, num_processes, rank, num_processes, "127.0.0.1", store.port)
+                    ranks.start(env, [sys.executable, "-m", module, *arguments])
+                return ranks.wait()
         finally:
             ranks.kill()
 
@@ -84,20 +87,25 @@ class _Ranks:
         os.close(reader)
         self.lifelines.append(writer)
 
-    def wait(self) -> int:
-        """Exit code of the group: 0, or that of the rank that failed first."""
+    @contextmanager
+    def forwarding_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM go to the ranks."""
         previous = {s: signal.signal(s, self._forward) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while True:
-                codes = [p.poll() for p in self.processes]
-                if any(codes):
-                    return self._fail(codes)
-                if all(code == 0 for code in codes):
-                    return 0
-                time.sleep(_POLL_SECONDS)
+            yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def wait(self) -> int:
+        """Exit code of the group: 0, or that of the rank that failed first."""
+        while True:
+            codes = [p.poll() for p in self.processes]
+            if any(codes):
+                return self._fail(codes)
+            if all(code == 0 for code in codes):
+                return 0
+            time.sleep(_POLL_SECONDS)
 
     def kill(self) -> None:
         for process in self.processes:

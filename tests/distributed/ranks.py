@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_ranks(function: str, world_size: int, *arguments: str, timeout: float = 120.0):
+def run_ranks(function: str, world_size: int, *arguments: str, timeout: float = 300.0):
     """Call `package.module:function(*arguments)` on `world_size` ranks; the completed launcher
     process."""
     script = (
