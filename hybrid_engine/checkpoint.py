@@ -32,7 +32,6 @@ from hybrid_engine.errors import UserError
 _LATEST = "latest"
 _PARTIAL = ".partial"
 _TORCH_RNG = "rng.torch"
-_CUDA_RNG = "rng.cuda"
 
 
 class Saveable(Protocol):
@@ -170,8 +169,6 @@ class Checkpoints:
 def _save_rank_state(directory: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     tensors[_TORCH_RNG] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors[_CUDA_RNG] = torch.cuda.get_rng_state()
     save_file(tensors, directory / f"tensors-rank{rank()}.safetensors")
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -192,9 +189,6 @@ def _load_rank_state(directory: Path) -> dict[str, Tensor]:
         )
     tensors = load_file(path)
     torch.set_rng_state(tensors.pop(_TORCH_RNG))
-    cuda = tensors.pop(_CUDA_RNG, None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
     generators = json.loads((directory / f"rng-rank{rank()}.json").read_text())
     version, words, gauss = generators["python"]
     random.setstate((version, tuple(words), gauss))

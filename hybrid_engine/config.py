@@ -400,7 +400,7 @@ class RunConfig:
     )
     num_gpus: int = option(
         0,
-        "processes to start on this machine, one a GPU (CPU ranks where there is none); 0 runs in "
+        "processes (ranks) to start on this machine; the kernels run on the CPU; 0 runs in "
         "this process",
         "--num-gpus",
     )

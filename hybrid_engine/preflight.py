@@ -17,7 +17,9 @@ def check(run: Run) -> None:
     Raises:
         UserError: a file or package that is missing, or a setting that this machine cannot serve.
     """
-    check_dtype(run.config, torch.cuda.is_available())
+    if torch.cuda.is_available():
+        run.reporter.warn("this version trains and generates on the CPU: the GPU stays idle")
+    check_dtype(run.config)
     zero_stage = run.zero_stage  # reads the DeepSpeed file
     if 3 in run.config.steps:
         check_step_3(run, zero_stage)
@@ -37,9 +39,9 @@ def check_step_3(run: Run, zero_stage: int) -> None:
         build_judge(config.judge.unseen_judge, config.seed)
 
 
-def check_dtype(config: RunConfig, has_gpu: bool) -> None:
+def check_dtype(config: RunConfig) -> None:
     dtype = config.model.dtype
-    if has_gpu or dtype == "float32":
+    if dtype == "float32":
         return
     if dtype == "float16":
         raise UserError("--dtype float16 cannot be trained on a CPU; give float32 or bfloat16")

@@ -54,7 +54,7 @@ void strip_rows(const LinearArgs& args, const float* w, int64_t ldw, const Prefe
     alignas(64) float sums[kStripRows * Vec::width];
     int64_t k = 0;
     do {
-      const Prefetch ahead{part.base + k, part.stride, part.rows};
+      const Prefetch ahead = part.rows > 0 ? Prefetch{part.base + k, part.stride, part.rows} : Prefetch{};
       multiply_strip(rows, {args.x + row * args.ldx + k, args.ldx, 1}, w + k, ldw, smaller(kChain, args.K - k), ahead,
                      {sums, Vec::width, k > 0});
       k += kChain;

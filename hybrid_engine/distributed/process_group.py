@@ -1,7 +1,7 @@
 """Start and end of torch.distributed, with or without a launcher.
 
 DeepSpeed is never left to discover MPI or to pick an accelerator: by the time it is imported the
-process group exists and `DS_ACCELERATOR` says what the machine has.
+process group exists and `DS_ACCELERATOR` says CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-import torch
 import torch.distributed as dist
 
 from hybrid_engine.distributed.env import RankEnv, rank_env
@@ -46,7 +45,7 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     """Join the process group once, until the process ends; later calls return the same world.
 
     One process alone needs neither a port nor a launcher: its store lives in memory.
-    CPU tensors travel over gloo, CUDA tensors over NCCL.
+    Tensors travel over gloo.
     """
     global _world
     if _world is not None:
@@ -55,11 +54,10 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     env.export(os.environ)
     _watch_lifeline()
     _report_uncaught()
-    _choose_accelerator(env)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the kernels are; read when deepspeed is imported
     store = _open_store(env, timeout)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend,
+        "gloo",
         store=dist.PrefixStore("group", store),
         rank=env.rank,
         world_size=env.world_size,
@@ -123,13 +121,6 @@ def _open_store(env: RankEnv, timeout: timedelta) -> dist.Store:
     store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
     return store
-
-
-def _choose_accelerator(env: RankEnv) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(env.local_rank % torch.cuda.device_count())
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def _watch_lifeline() -> None:

@@ -115,7 +115,6 @@ def clips_outside(settings: Settings) -> bool:
 
 
 def _defaults(module_dtype: torch.dtype) -> Settings:
-    on_gpu = torch.cuda.is_available()
     return {
         "bf16": {"enabled": module_dtype == torch.bfloat16},
         "fp16": {"enabled": module_dtype == torch.float16},
@@ -124,7 +123,7 @@ def _defaults(module_dtype: torch.dtype) -> Settings:
             "overlap_comm": False,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
             "allgather_bucket_size": _BUCKET_ELEMENTS,
-            "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS if on_gpu else 0,
+            "stage3_prefetch_bucket_size": 0,
         },
         # Ours is torch's AdamW in every case, offloaded or not.
         "zero_force_ds_cpu_optimizer": False,

@@ -169,7 +169,7 @@ def _warn(reason: str) -> None:
     """Names the family and no directory: a run that loads five models of it warns once."""
     warnings.warn(
         f"no native decoder for {reason}; running it through transformers: "
-        "the same results, slower, without LoRA, top-layer training and the C++ generator",
+        "as correct, but slower, without LoRA, top-layer training and the C++ generator",
         stacklevel=1,  # one place for all models, so that Python, too, takes them for one warning
     )
 

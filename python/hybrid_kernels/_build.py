@@ -167,9 +167,10 @@ class Toolchain:
             raise BuildError(
                 f"no C++ compiler ({cxx}); install g++ 11 or newer, e.g. apt-get install g++"
             )
-        version = subprocess.run(
-            [*shlex.split(cxx), "--version"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()[0]
+        asked = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True)
+        if asked.returncode != 0:
+            raise BuildError(f"{cxx} --version failed: {asked.stderr.strip()}; check $CXX")
+        version = asked.stdout.splitlines()[0]
         abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
         return cls(
             cxx=cxx,
