@@ -8,33 +8,16 @@ short name, its top-level flag (``--actor-model``); every field also answers to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from hybrid_engine.errors import UserError
+from hybrid_engine.options import Options, option, require, section
 
 STAGES = ("sft", "reward", "rlhf")
-
-
-def option(
-    default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] | None = None
-) -> Any:
-    """A dataclass field with what the command line shows about it. Tuples are given as lists."""
-    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
-
-
-def section(cls: type) -> Any:
-    """A nested group of options."""
-    return field(default_factory=cls)
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+SEEDS = f"[0, {2**63})"  # what the sampling kernel's counter takes
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Which weights are trained, and which part of them."""
 
     actor_model: str = option(
@@ -51,24 +34,27 @@ class ModelConfig:
         "float32", "parameter type", "--dtype", choices=("float32", "bfloat16", "float16")
     )
     trainable_layers: int = option(
-        0, "train only the last N blocks (and the final norm); 0 trains all of them"
+        0,
+        "train only the last N blocks (and the final norm); 0 trains all of them",
+        within="[0, inf)",
     )
     reward_trainable_layers: int = option(
-        0, "the same for step 2's reward model, which may need more; 0 takes trainable_layers"
+        0,
+        "the same for step 2's reward model, which may need more; 0 takes trainable_layers",
+        within="[0, inf)",
     )
     lora_r: int = option(
-        0, "rank of LoRA adapters on every linear layer; 0 trains the weights themselves"
+        0,
+        "rank of LoRA adapters on every linear layer; 0 trains the weights themselves",
+        within="[0, inf)",
     )
-    lora_alpha: float = option(16.0, "LoRA scale is alpha / r")
+    lora_alpha: float = option(16.0, "LoRA scale is alpha / r", within="(0, inf)")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass, block by block"
     )
 
     def __post_init__(self) -> None:
-        for name in ("trainable_layers", "reward_trainable_layers"):
-            value = getattr(self, name)
-            require(value >= 0, f"model.{name} is {value}; give 0 or more")
-        require(self.lora_r >= 0, f"model.lora_r is {self.lora_r}; give 0 (no LoRA) or a rank")
+        super().__post_init__()
         require(
             not (self.lora_r and (self.trainable_layers or self.reward_trainable_layers)),
             "model.lora_r and model.trainable_layers (or reward_trainable_layers) are both set; "
@@ -77,7 +63,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Where prompts, answers and preferences come from."""
 
     path: tuple[str, ...] = option(
@@ -93,15 +79,20 @@ class DataConfig:
         (2.0, 4.0, 4.0), "shares of the rows for steps 1, 2 and 3", "--data-split"
     )
     heldout_fraction: float = option(
-        0.05, "share of each step's rows kept for evaluation and never trained on"
+        0.05,
+        "share of each step's rows kept for evaluation and never trained on",
+        within="(0, 1)",
     )
-    max_heldout: int = option(512, "most held-out rows of each step")
+    max_heldout: int = option(512, "most held-out rows of each step", within="[0, inf)")
     columns: tuple[str, ...] = option(
         (), "column mapping, as theirs=ours: question=prompt good=chosen bad=rejected"
     )
-    max_rows: int = option(0, "most rows read from each source; 0 reads all")
+    max_rows: int = option(0, "most rows read from each source; 0 reads all", within="[0, inf)")
     prompt_words: int = option(
-        0, "make prompts of plain-text rows from their first N words; 0 leaves the prompt empty"
+        5,
+        "make prompts of plain-text rows from their first N words; 0 makes none, and step 3 leaves "
+        "such rows out",
+        within="[0, inf)",
     )
     max_prompt_tokens: int = option(
         256, "longest prompt; rows with a longer one are left out and counted"
@@ -112,6 +103,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.path) > 0, "data.path is empty; name at least one source")
         require(
             len(self.split) == 3 and min(self.split) >= 0 and sum(self.split) > 0,
@@ -124,10 +116,6 @@ class DataConfig:
             "positive weight each",
         )
         require(
-            0 < self.heldout_fraction < 1,
-            f"data.heldout_fraction is {self.heldout_fraction}; give a share in (0, 1)",
-        )
-        require(
             0 < self.max_prompt_tokens < self.max_length,
             f"data.max_prompt_tokens ({self.max_prompt_tokens}) must be positive and below "
             "data.max_length "
@@ -136,140 +124,169 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """AdamW and its schedule."""
 
-    learning_rate: float = option(1e-5, "peak learning rate")
+    learning_rate: float = option(1e-5, "peak learning rate", within="(0, inf)")
     schedule: str = option(
         "cosine", "learning-rate decay", choices=("cosine", "linear", "constant")
     )
-    warmup_ratio: float = option(0.03, "share of the steps spent warming up linearly")
-    min_lr_ratio: float = option(0.0, "learning rate at the end, relative to the peak")
-    weight_decay: float = option(0.0, "decoupled weight decay; biases and norms are exempt")
-    betas: tuple[float, ...] = option((0.9, 0.95), "Adam moment decay rates")
-    eps: float = option(1e-8, "Adam epsilon")
-    max_grad_norm: float = option(1.0, "gradient clipping by global norm; 0 does not clip")
+    warmup_ratio: float = option(
+        0.03, "share of the steps spent warming up linearly", within="[0, 1)"
+    )
+    min_lr_ratio: float = option(
+        0.0, "learning rate at the end, relative to the peak", within="[0, 1]"
+    )
+    weight_decay: float = option(
+        0.0, "decoupled weight decay; biases and norms are exempt", within="[0, inf)"
+    )
+    betas: tuple[float, ...] = option((0.9, 0.95), "Adam moment decay rates", within="[0, 1)")
+    eps: float = option(1e-8, "Adam epsilon", within="(0, inf)")
+    max_grad_norm: float = option(
+        1.0, "gradient clipping by global norm; 0 does not clip", within="[0, inf)"
+    )
     max_bad_steps: int = option(
-        3, "stop after this many consecutive steps with a non-finite loss or gradient"
+        3,
+        "stop after this many consecutive steps with a non-finite loss or gradient",
+        within="[1, inf)",
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.learning_rate > 0, f"learning_rate is {self.learning_rate}; give a positive number"
-        )
-        require(
-            0 <= self.warmup_ratio < 1,
-            f"warmup_ratio is {self.warmup_ratio}; give a share in [0, 1)",
-        )
+        super().__post_init__()
         require(len(self.betas) == 2, f"betas has {len(self.betas)} entries; give two")
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(Options):
     """Step 1: supervised fine-tuning on answers (prompt tokens carry no loss)."""
 
-    epochs: float = option(1.0, "passes over the step's rows")
-    max_steps: int = option(0, "stop after this many optimizer steps; 0 runs the epochs out")
-    batch_size: int = option(32, "rows an optimizer step, over all ranks")
+    epochs: float = option(1.0, "passes over the step's rows", within="[0, inf)")
+    max_steps: int = option(
+        0, "stop after this many optimizer steps; 0 runs the epochs out", within="[0, inf)"
+    )
+    batch_size: int = option(32, "rows an optimizer step, over all ranks", within="[1, inf)")
     max_tokens_per_pass: int = option(
-        4096, "most packed tokens in one forward pass; a batch takes as many as it needs"
+        4096,
+        "most packed tokens in one forward pass; a batch takes as many as it needs",
+        within="[1, inf)",
     )
     eval_steps: int = option(
-        0, "evaluate on held-out rows every so many steps; 0 only before and after"
+        0,
+        "evaluate on held-out rows every so many steps; 0 only before and after",
+        within="[0, inf)",
     )
-    save_steps: int = option(100, "write a resumable checkpoint every so many steps; 0 never")
+    save_steps: int = option(
+        100, "write a resumable checkpoint every so many steps; 0 never", within="[0, inf)"
+    )
     optimizer: OptimizerConfig = section(OptimizerConfig)
 
     def __post_init__(self) -> None:
-        require_batching("sft", self)
+        super().__post_init__()
+        require_length("sft", self)
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(Options):
     """Step 2: Bradley-Terry reward model on chosen and rejected answers."""
 
-    epochs: float = option(1.0, "passes over the step's pairs")
-    max_steps: int = option(0, "stop after this many optimizer steps; 0 runs the epochs out")
-    batch_size: int = option(32, "pairs an optimizer step, over all ranks")
-    max_tokens_per_pass: int = option(4096, "most packed tokens in one forward pass")
+    epochs: float = option(1.0, "passes over the step's pairs", within="[0, inf)")
+    max_steps: int = option(
+        0, "stop after this many optimizer steps; 0 runs the epochs out", within="[0, inf)"
+    )
+    batch_size: int = option(32, "pairs an optimizer step, over all ranks", within="[1, inf)")
+    max_tokens_per_pass: int = option(
+        4096, "most packed tokens in one forward pass", within="[1, inf)"
+    )
     margin: float = option(
-        0.0, "the chosen score must win by this much; added to a row's own margin if it has one"
+        0.0,
+        "the chosen score must win by this much; added to a row's own margin if it has one",
+        within="[0, inf)",
     )
     centering: float = option(
-        0.0, "weight of (chosen + rejected)^2, which keeps scores around zero"
+        0.0,
+        "weight of (chosen + rejected)^2, which keeps scores around zero",
+        within="[0, inf)",
     )
-    eval_steps: int = option(0, "evaluate on held-out pairs every so many steps; 0 only at the end")
-    save_steps: int = option(100, "write a resumable checkpoint every so many steps; 0 never")
+    eval_steps: int = option(
+        0,
+        "evaluate on held-out pairs every so many steps; 0 only at the end",
+        within="[0, inf)",
+    )
+    save_steps: int = option(
+        100, "write a resumable checkpoint every so many steps; 0 never", within="[0, inf)"
+    )
     optimizer: OptimizerConfig = section(OptimizerConfig)
 
     def __post_init__(self) -> None:
-        require_batching("reward", self)
+        super().__post_init__()
+        require_length("reward", self)
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class GenerationConfig(Options):
     """How rollouts are sampled."""
 
-    max_new_tokens: int = option(128, "longest answer in tokens")
+    max_new_tokens: int = option(128, "longest answer in tokens", within="[1, inf)")
     temperature: float = option(
-        1.0, "sampling temperature; the same one divides logits when scoring"
+        1.0,
+        "sampling temperature; the same one divides logits when scoring",
+        within="[1e-6, inf)",
     )
     samples_per_prompt: int = option(
-        1, "answers to each prompt; group-relative advantages need 2 or more"
+        1,
+        "answers to each prompt; group-relative advantages need 2 or more",
+        within="[1, inf)",
     )
-    max_batch: int = option(64, "sequences decoded at once")
+    max_batch: int = option(64, "sequences decoded at once", within="[1, inf)")
+    kv_bytes: int = option(
+        0,
+        "most bytes of the key-value cache, for which sequences wait if need be; 0 takes what "
+        "max_batch sequences can use",
+        within="[0, inf)",
+    )
     stop_token_ids: tuple[int, ...] = option(
-        (), "further token ids that end an answer, besides the model's own"
+        (), "further token ids that end an answer, besides the model's own", within="[0, inf)"
     )
-
-    def __post_init__(self) -> None:
-        require(
-            self.max_new_tokens > 0,
-            f"generation.max_new_tokens is {self.max_new_tokens}; give 1 or more",
-        )
-        require(
-            self.temperature > 0,
-            f"generation.temperature is {self.temperature}; training on rollouts needs a positive "
-            "one",
-        )
-        require(self.samples_per_prompt > 0, "generation.samples_per_prompt must be at least 1")
-        require(self.max_batch > 0, "generation.max_batch must be at least 1")
 
 
 @dataclass(frozen=True)
-class RewardShapingConfig:
+class RewardShapingConfig(Options):
     """From the reward model's score to the number that PPO maximises; applied in this order."""
 
     normalize: str = option(
         "none", "divide scores by running moments", choices=("none", "scale", "standardize")
     )
-    missing_eos_penalty: float = option(0.0, "subtracted when an answer did not end by itself")
-    overlong_buffer: int = option(
-        0, "tokens before the limit over which a length penalty grows (DAPO); 0 is off"
+    missing_eos_penalty: float = option(
+        0.0, "subtracted when an answer did not end by itself", within="[0, inf)"
     )
-    overlong_factor: float = option(1.0, "penalty at the limit")
-    clip: float = option(10.0, "scores are clamped to +-clip; 0 does not clamp")
+    overlong_buffer: int = option(
+        0,
+        "tokens before the limit over which a length penalty grows (DAPO); 0 is off",
+        within="[0, inf)",
+    )
+    overlong_factor: float = option(1.0, "penalty at the limit", within="[0, inf)")
+    clip: float = option(10.0, "scores are clamped to +-clip; 0 does not clamp", within="[0, inf)")
 
 
 @dataclass(frozen=True)
-class KLConfig:
+class KLConfig(Options):
     """Penalty for leaving the reference policy, as k1 in the per-token reward."""
 
-    coef: float = option(0.05, "weight of the per-token penalty")
+    coef: float = option(0.05, "weight of the per-token penalty", within="[0, inf)")
     target: float = option(
-        0.0, "KL a sequence (nats) that an adaptive coefficient aims at; 0 keeps it fixed"
+        0.0,
+        "KL a sequence (nats) that an adaptive coefficient aims at; 0 keeps it fixed",
+        within="[0, inf)",
     )
-    horizon: int = option(10000, "samples over which the adaptive coefficient moves")
-
-    def __post_init__(self) -> None:
-        require(
-            self.coef >= 0 and self.target >= 0,
-            "rlhf.kl.coef and rlhf.kl.target must not be negative",
-        )
+    horizon: int = option(
+        10000,
+        "samples over which the adaptive coefficient moves; no fewer than an iteration has",
+        within="[1, inf)",
+    )
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Options):
     """Step 3: clipped PPO on token-level rewards, or a group-relative method without a critic."""
 
     advantage: str = option(
@@ -277,38 +294,65 @@ class PPOConfig:
         "advantage estimator; all but gae need samples_per_prompt >= 2 and train no critic",
         choices=("gae", "grpo", "dr_grpo", "rloo", "reinforce_baseline"),
     )
-    iterations: int = option(0, "rollout-train rounds; 0 takes one pass over the prompts")
-    prompts_per_iteration: int = option(64, "prompts a rollout, over all ranks")
-    epochs: int = option(4, "passes over each rollout")
-    minibatches: int = option(1, "optimizer steps a pass")
-    max_tokens_per_pass: int = option(4096, "most packed tokens in one forward pass")
-    clip_low: float = option(0.2, "policy ratio is clipped below 1 - clip_low")
-    clip_high: float = option(0.2, "and above 1 + clip_high")
+    iterations: int = option(
+        0, "rollout-train rounds; 0 takes one pass over the prompts", within="[0, inf)"
+    )
+    prompts_per_iteration: int = option(64, "prompts a rollout, over all ranks", within="[1, inf)")
+    epochs: int = option(4, "passes over each rollout", within="[1, inf)")
+    minibatches: int = option(1, "optimizer steps a pass", within="[1, inf)")
+    max_tokens_per_pass: int = option(
+        4096, "most packed tokens in one forward pass", within="[1, inf)"
+    )
+    clip_low: float = option(0.2, "policy ratio is clipped below 1 - clip_low", within="(0, 1)")
+    clip_high: float = option(0.2, "and above 1 + clip_high", within="(0, inf)")
     dual_clip: float = option(
-        0.0, "bound on the loss of negative advantages (Ye et al., 2020); 0 is off"
+        0.0,
+        "bound on the loss of negative advantages (Ye et al., 2020), above 1; 0 is off",
+        within="[0, inf)",
     )
-    value_clip: float = option(0.2, "values may move this far from the rollout's; 0 does not clip")
-    gamma: float = option(1.0, "discount")
-    lam: float = option(0.95, "GAE lambda")
+    value_clip: float = option(
+        0.2, "values may move this far from the rollout's; 0 does not clip", within="[0, inf)"
+    )
+    gamma: float = option(1.0, "discount of later rewards (gae alone)", within="[0, 1]")
+    lam: float = option(0.95, "GAE lambda (gae alone)", within="[0, 1]")
     whiten_advantages: bool = option(
-        True, "zero mean and unit variance over the tokens of the whole batch"
+        True,
+        "zero mean and unit variance of the advantages over the tokens of the whole batch (gae and "
+        "reinforce_baseline; the others stay as they are)",
     )
-    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus", within="[0, inf)")
     target_kl: float = option(
         0.0,
         "stop a rollout's epochs when approximate KL to the rollout policy exceeds it; 0 is off",
+        within="[0, inf)",
     )
     ptx_coef: float = option(
-        0.0, "weight of a language-modelling loss on step-1 rows mixed into each step; 0 is off"
+        0.0,
+        "weight of a language-modelling loss on step-1 rows mixed into each step; 0 is off",
+        within="[0, inf)",
     )
     ema_decay: float = option(
-        0.0, "exponential moving average of the actor, saved as actor_ema; 0 is off"
+        0.0,
+        "exponential moving average of the actor, saved as actor_ema; 0 is off",
+        within="[0, 1)",
     )
-    critic_warmup: int = option(0, "iterations that train only the critic before the policy moves")
-    eval_prompts: int = option(256, "held-out prompts sampled before and after, paired")
-    eval_steps: int = option(0, "evaluate every so many iterations; 0 only before and after")
-    save_steps: int = option(5, "write a resumable checkpoint every so many iterations; 0 never")
-    sample_steps: int = option(5, "show a sample every so many iterations; 0 never")
+    critic_warmup: int = option(
+        0,
+        "iterations that train only the critic before the policy moves (gae alone)",
+        within="[0, inf)",
+    )
+    eval_prompts: int = option(
+        256, "held-out prompts sampled before and after, paired", within="[0, inf)"
+    )
+    eval_steps: int = option(
+        0, "evaluate every so many iterations; 0 only before and after", within="[0, inf)"
+    )
+    save_steps: int = option(
+        5, "write a resumable checkpoint every so many iterations; 0 never", within="[0, inf)"
+    )
+    sample_steps: int = option(
+        5, "show a sample every so many iterations; 0 never", within="[0, inf)"
+    )
     generation: GenerationConfig = section(GenerationConfig)
     shaping: RewardShapingConfig = section(RewardShapingConfig)
     kl: KLConfig = section(KLConfig)
@@ -324,14 +368,11 @@ class PPOConfig:
         return self.prompts_per_iteration * self.generation.samples_per_prompt
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.uses_critic or self.generation.samples_per_prompt >= 2,
             f"rlhf.advantage={self.advantage} compares answers to one prompt: "
             "set rlhf.generation.samples_per_prompt to 2 or more",
-        )
-        require(
-            self.epochs > 0 and self.minibatches > 0,
-            "rlhf.epochs and rlhf.minibatches must be at least 1",
         )
         require(
             self.samples_per_iteration % self.minibatches == 0,
@@ -339,12 +380,42 @@ class PPOConfig:
             "samples of an iteration",
         )
         require(
-            0 <= self.ema_decay < 1, f"rlhf.ema_decay is {self.ema_decay}; give a value in [0, 1)"
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"rlhf.dual_clip is {self.dual_clip}; give 0 (off) or a number above 1",
+        )
+        limit = self.generation.max_new_tokens
+        require(
+            self.shaping.overlong_buffer <= limit,
+            f"rlhf.shaping.overlong_buffer ({self.shaping.overlong_buffer}) is longer than an "
+            f"answer may be (rlhf.generation.max_new_tokens is {limit})",
+        )
+        require(
+            self.kl.target == 0 or self.kl.horizon >= self.samples_per_iteration,
+            f"rlhf.kl.horizon ({self.kl.horizon}) is below the {self.samples_per_iteration} "
+            "samples of an iteration, so that the coefficient would swing; give more",
+        )
+        self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        require(
+            self.critic_warmup == 0 or self.uses_critic,
+            f"rlhf.critic_warmup is {self.critic_warmup}, but rlhf.advantage={self.advantage} "
+            "trains no critic; give 0",
+        )
+        if self.iterations:
+            self.check_policy_trains(self.iterations)
+
+    def check_policy_trains(self, iterations: int) -> None:
+        """Refuses a warm-up of the critic that leaves the policy none of the iterations."""
+        require(
+            self.critic_warmup < iterations,
+            f"rlhf.critic_warmup ({self.critic_warmup}) leaves none of the {iterations} iterations "
+            "to the policy; give less",
         )
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(Options):
     """Who scores answers: in training the sum of the weighted rewards, afterwards a judge that
     training never saw.
     """
@@ -355,9 +426,13 @@ class JudgeConfig:
         "http://host/path; "
         "append *WEIGHT to weigh",
     )
-    http_timeout: float = option(60.0, "seconds to wait for an HTTP reward's answer")
+    http_timeout: float = option(
+        60.0, "seconds to wait for an HTTP reward's answer", within="(0, inf)"
+    )
     http_retries: int = option(
-        3, "further tries of an HTTP reward after a lost connection, a timeout or a busy server"
+        3,
+        "further tries of an HTTP reward after a lost connection, a timeout or a busy server",
+        within="[0, inf)",
     )
     unseen_judge: str = option(
         "none",
@@ -365,33 +440,27 @@ class JudgeConfig:
         choices=("none", "imdb-tfidf", "vader"),
     )
 
-    def __post_init__(self) -> None:
-        require(
-            len(self.rewards) > 0,
-            "judge.rewards is empty; give at least one reward, such as 'model'",
-        )
-        require(
-            self.http_timeout > 0,
-            f"judge.http_timeout is {self.http_timeout}; give seconds above 0",
-        )
-        require(
-            self.http_retries >= 0, f"judge.http_retries is {self.http_retries}; give 0 or more"
-        )
-
     fluency: bool = option(
         False,
         "measure how likely held-out answers are to the model that the run started from, before "
         "and after",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            len(self.rewards) > 0,
+            "judge.rewards is empty; give at least one reward, such as 'model'",
+        )
+
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """A whole run."""
 
     steps: tuple[int, ...] = option((1, 2, 3), "which of the three steps to run", "--steps")
     output_dir: str = option("output", "where models, metrics and checkpoints go", "--output-dir")
-    seed: int = option(0, "seed of everything random", "--seed")
+    seed: int = option(0, "seed of everything random", "--seed", within=SEEDS)
     resume: bool = option(
         False, "continue from the last checkpoint in the output directory", "--resume"
     )
@@ -406,7 +475,7 @@ class RunConfig:
     )
     deepspeed: str = option("", "your DeepSpeed JSON, merged over our settings", "--deepspeed")
     zero_stage: int = option(0, "ZeRO stage of the trained models: 0, 1, 2 or 3", "--zero-stage")
-    keep_checkpoints: int = option(2, "older resumable checkpoints are deleted")
+    keep_checkpoints: int = option(2, "older resumable checkpoints are deleted", within="[1, inf)")
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     sft: SFTConfig = section(SFTConfig)
@@ -415,6 +484,7 @@ class RunConfig:
     judge: JudgeConfig = section(JudgeConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             len(self.steps) > 0
             and set(self.steps) <= {1, 2, 3}
@@ -425,14 +495,11 @@ class RunConfig:
             self.zero_stage in (0, 1, 2, 3), f"--zero-stage is {self.zero_stage}; give 0, 1, 2 or 3"
         )
         require(self.num_gpus >= 0, f"--num-gpus is {self.num_gpus}; give 0 or more")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints must be at least 1")
         require(
             not (self.resume and self.overwrite),
             "--resume and --overwrite contradict each other; give one",
         )
 
 
-def require_batching(stage: str, config: SFTConfig | RewardConfig) -> None:
-    require(config.batch_size > 0, f"{stage}.batch_size is {config.batch_size}; give 1 or more")
+def require_length(stage: str, config: SFTConfig | RewardConfig) -> None:
     require(config.epochs > 0 or config.max_steps > 0, f"{stage}: give epochs or max_steps above 0")
-    require(config.max_tokens_per_pass > 0, f"{stage}.max_tokens_per_pass must be positive")

@@ -33,6 +33,7 @@ class Setting:
     help: str
     flag: str | None  # short flag, such as "--actor-model"
     choices: tuple[str, ...] | None
+    within: str  # interval of its values, "" for any
 
     @property
     def section(self) -> str:
