@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from hybrid_engine.distributed.process_group import World, current_world
+from hybrid_engine.rl.largest import largest
 from hybrid_engine.rl.moments import combine_moments
 
 
@@ -87,7 +88,8 @@ def all_reduce_sums(sums: dict[str, float]) -> dict[str, float]:
 
 
 def all_reduce_max(value: float) -> float:
-    return max(all_gather_json(value))
+    """The largest of every rank's values; nan if one of them is."""
+    return largest(all_gather_json(value))
 
 
 def all_reduce_moments(moments: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,8 @@ def without_owned(settings: Settings, origin: str) -> Settings:
         and not optimizer.get("params")
     ):
         settings.pop("optimizer")  # all of its numbers were "auto", and AdamW is what we use
-    if not settings.get("scheduler", {}).get("params"):
+    scheduler = settings.get("scheduler", {})
+    if isinstance(scheduler, dict) and not scheduler.get("params"):
         settings.pop("scheduler", None)
     for key, reason in _OWNED.items():
         if key in settings:

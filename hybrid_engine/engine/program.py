@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,11 +70,13 @@ class NativeGenerator:
         """Binds the parameters as they lie now and generates; the KV cache is kept.
 
         Raises:
-            UserError: a request that does not fit, or weights that give no finite logits.
+            UserError: a request that does not fit, or weights that give no finite logits. What a
+                callback raises comes through as it is.
         """
         longest = max((len(prompt) for prompt in request.prompts), default=0)
         longest += request.params.max_new_tokens
         self.builder.bind(self.program, min(longest, self.builder.model.spec.max_positions))
+        callers = CallerErrors()
         try:
             return run_program(
                 self.program,
@@ -85,16 +88,38 @@ class NativeGenerator:
                 max_batch=request.max_batch,
                 kv_bytes=request.kv_bytes,
                 keep_cache=True,
-                on_progress=request.on_progress,
-                on_token=request.on_token,
+                on_progress=callers.watch(request.on_progress),
+                on_token=callers.watch(request.on_token),
             )
         except ValueError as error:
+            if callers.error is not None:
+                raise
             raise UserError(str(error)) from error
 
     def release(self) -> None:
         """Lets go of the parameters, which would otherwise stay gathered, and of the cache."""
         self.program.unbind()
         self.program.release_cache()
+
+
+class CallerErrors:
+    """Tells what the caller's own callbacks raise from what the program refuses."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def watch(self, callback: Callable[..., None] | None) -> Callable[..., None] | None:
+        if callback is None:
+            return None
+
+        def watched(*arguments: int) -> None:
+            try:
+                callback(*arguments)
+            except BaseException as error:
+                self.error = error
+                raise
+
+        return watched
 
 
 def run_program(

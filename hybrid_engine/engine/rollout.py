@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,11 +61,6 @@ class Rollout:
         """Prompt and response of each of the B samples, end to end."""
         return [self.prompts[i // self.n] + tokens for i, tokens in enumerate(self.tokens)]
 
-    @property
-    def truncated_fraction(self) -> float:
-        """Share of responses that were cut at the limit; 0 for an empty rollout."""
-        return self.finish_reasons.count("length") / len(self) if len(self) else 0.0
-
     def mask(self) -> Tensor:
         """True on response tokens, bool ``[B, T]`` with T the longest response."""
         lengths = self.lengths
@@ -75,38 +69,6 @@ class Rollout:
 
     def padded_logprobs(self) -> Tensor:
         """fp32 ``[B, T]``, zero beyond each response."""
-        return self._padded(self.logprobs)
-
-    def padded_entropies(self) -> Tensor:
-        """fp32 ``[B, T]``, zero beyond each response."""
-        return self._padded(self.entropies)
-
-    def padded_tokens(self, pad_id: int) -> Tensor:
-        """int64 ``[B, T]``, ``pad_id`` beyond each response."""
-        out = torch.full(self.mask().shape, pad_id, dtype=torch.int64)
-        return out.masked_scatter_(self.mask(), torch.tensor(_flat(self.tokens), dtype=torch.int64))
-
-    def samples_of(self, prompt: int) -> range:
-        """Indices of a prompt's samples."""
-        return range(prompt * self.n, (prompt + 1) * self.n)
-
-    def select(self, prompts: Sequence[int]) -> Rollout:
-        """The part of some prompts, in the order given. The counters stay with the whole."""
-        samples = [i for prompt in prompts for i in self.samples_of(prompt)]
-        return Rollout(
-            prompts=[self.prompts[p] for p in prompts],
-            tokens=[self.tokens[i] for i in samples],
-            logprobs=[self.logprobs[i] for i in samples],
-            entropies=[self.entropies[i] for i in samples],
-            finish_reasons=[self.finish_reasons[i] for i in samples],
-            kept_mass=[self.kept_mass[i] for i in samples],
-            n=self.n,
-        )
-
-    def _padded(self, values: list[list[float]]) -> Tensor:
         mask = self.mask()
-        return torch.zeros(mask.shape).masked_scatter_(mask, torch.tensor(_flat(values)))
-
-
-def _flat(rows: list[list[int]] | list[list[float]]) -> list[int] | list[float]:
-    return [value for row in rows for value in row]
+        flat = torch.tensor([value for row in self.logprobs for value in row])
+        return torch.zeros(mask.shape).masked_scatter_(mask, flat)

@@ -40,9 +40,13 @@ class TrainEngine:
         module: fp32, bf16 or fp16 parameters, equal on all ranks (rank 0's are broadcast).
         optimizer: AdamW, schedule, clipping.
         total_steps: optimizer steps of the whole schedule.
-        deepspeed_config: the user's DeepSpeed settings, as :func:`read_user_json` returns them,
-            with `zero_optimization.stage` for the ZeRO stage. Empty is plain data parallelism.
+        deepspeed_config: the user's DeepSpeed settings, with `zero_optimization.stage` for the ZeRO
+            stage. Empty is plain data parallelism; "auto" leaves a setting to us.
         name: for messages.
+
+    Raises:
+        UserError: `deepspeed_config` sets what follows from the other arguments, or contradicts the
+            parameters' dtype.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class TrainEngine:
         self._total_steps = total_steps
         self._name = name
         self._settings = settings.complete(
-            dict(deepspeed_config or {}),
+            settings.without_owned(dict(deepspeed_config or {}), "deepspeed_config"),
             _trained_dtype(module),
             world_size(),
             optimizer.max_grad_norm,

@@ -33,12 +33,14 @@ def load_causal_lm(
     dtype: str | torch.dtype = torch.float32,
     lora: LoRAConfig | None = None,
     trainable_layers: int = 0,
+    seed: int = 0,
 ) -> CausalLM | foreign.ForeignCausalLM:
     """Load a language model from a Hugging Face directory or hub name.
 
     ``trainable_layers = k > 0`` freezes all but the last k blocks and the final norm; ``lora``
-    freezes all but the adapters it adds. A family without a table runs through transformers, with
-    a warning. Raises UserError for anything wrong with the path or the files.
+    freezes all but the adapters it adds, whose A matrices are drawn from ``seed``. A family without
+    a table runs through transformers, with a warning. Raises UserError for anything wrong with the
+    path or the files.
     """
     directory = locate(path)
     config = read_config(directory)
@@ -53,7 +55,7 @@ def load_causal_lm(
     model.tie_head()
     _Loader(model, family_of_type(config.model_type), directory).run()
     model.source = Source.read(directory)
-    _choose_trainable(model, lora, trainable_layers)
+    _choose_trainable(model, lora, trainable_layers, seed)
     return model
 
 
@@ -62,13 +64,13 @@ def load_scalar_model(
     dtype: str | torch.dtype = torch.float32,
     lora: LoRAConfig | None = None,
     trainable_layers: int = 0,
-    init_head_seed: int = 0,
+    seed: int = 0,
 ) -> ScalarModel | foreign.ForeignScalarModel:
     """Load a reward or value model.
 
     A classification directory with one label gives its own ``score``. A causal one gets a fresh
-    head, normal with variance 1 / (h + 1) (Stiennon et al. 2020, arXiv:2009.01325) from
-    ``init_head_seed``.
+    head, normal with variance 1 / (h + 1) (Stiennon et al. 2020, arXiv:2009.01325); ``seed`` draws
+    it, and the A matrices of adapters.
     """
     directory = locate(path)
     config = read_config(directory)
@@ -76,14 +78,14 @@ def load_scalar_model(
         spec = spec_from_hf(config)
     except UnsupportedFamily as reason:
         _native_only(reason, lora, trainable_layers)
-        return foreign.load_scalar_model(directory, as_dtype(dtype), str(reason), init_head_seed)
+        return foreign.load_scalar_model(directory, as_dtype(dtype), str(reason), seed)
     with torch.device("meta"):
         model = ScalarModel(spec)
     _materialise(model, as_dtype(dtype))
-    init_score(model.score.weight, init_head_seed)
+    init_score(model.score.weight, seed)
     _Loader(model, family_of_type(config.model_type), directory).run()
     model.source = Source.read(directory)
-    _choose_trainable(model, lora, trainable_layers)
+    _choose_trainable(model, lora, trainable_layers, seed)
     return model
 
 
@@ -129,11 +131,13 @@ def _native_only(reason: UnsupportedFamily, lora: LoRAConfig | None, trainable_l
         ) from reason
 
 
-def _choose_trainable(model: NativeModel, lora: LoRAConfig | None, trainable_layers: int) -> None:
+def _choose_trainable(
+    model: NativeModel, lora: LoRAConfig | None, trainable_layers: int, seed: int
+) -> None:
     if lora is not None and trainable_layers:
         raise UserError("lora and trainable_layers are both set; choose one")
     if lora is not None:
-        apply_lora(model, lora)
+        apply_lora(model, lora, seed)
     elif trainable_layers:
         train_top_layers(model, trainable_layers)
 

@@ -111,7 +111,7 @@ def load_causal_lm(directory: Path, dtype: torch.dtype, reason: str) -> ForeignC
 
 
 def load_scalar_model(
-    directory: Path, dtype: torch.dtype, reason: str, init_head_seed: int
+    directory: Path, dtype: torch.dtype, reason: str, seed: int
 ) -> ForeignScalarModel:
     """Load a one-label classifier through transformers; a missing ``score`` is drawn afresh."""
     from transformers import AutoModelForSequenceClassification
@@ -119,7 +119,7 @@ def load_scalar_model(
     from .checkpoint_io import init_score
 
     _warn(reason)
-    torch.manual_seed(init_head_seed)
+    torch.manual_seed(seed)
     hf_model, report = _load(
         AutoModelForSequenceClassification,
         directory,
@@ -130,7 +130,7 @@ def load_scalar_model(
     if not isinstance(getattr(hf_model, "score", None), nn.Linear):
         raise UserError(f"{directory}: {type(hf_model).__name__} has no linear 'score' head")
     if "score.weight" in report["missing_keys"]:
-        init_score(hf_model.score.weight, init_head_seed)
+        init_score(hf_model.score.weight, seed)
     source = Source.read(directory)
     hf_model.config.pad_token_id = scoring_pad_token(source.config, directory, None)
     return ForeignScalarModel(hf_model, directory)

@@ -4,7 +4,6 @@ weight.
 With x ~ pi and d = log pi(x) - log ref(x) (Schulman, "Approximating KL Divergence", 2020):
 
     k1 = d               unbiased for KL(pi || ref), high variance, may be negative
-    k2 = d^2 / 2         biased, low variance; its gradient is that of the reverse KL
     k3 = exp(-d) - 1 + d unbiased, never negative
 
 The sign of d in k3 is what makes it KL(pi || ref): exp(d) - 1 - d estimates nothing under pi.
@@ -26,12 +25,6 @@ _K3_LIMIT = 10.0
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """d, elementwise; the form that goes into PPO's reward."""
     return logprobs - ref_logprobs
-
-
-def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """d^2 / 2 with d clamped to +-20."""
-    d = (logprobs - ref_logprobs).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
-    return 0.5 * d.square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from hybrid_engine.rl.largest import largest
 from hybrid_engine.rl.moments import variance_of
 from hybrid_kernels.ops.rlhf import PolicyStats, ValueStats
 
@@ -20,7 +21,7 @@ Gather = Callable[[dict[str, dict[str, float]]], list[dict[str, dict[str, float]
 
 
 class Averages:
-    """Weighted means and maxima by name."""
+    """Weighted means and maxima by name; a nan makes its name's result nan."""
 
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
@@ -37,7 +38,7 @@ class Averages:
             self.add(name, total, weight)
 
     def add_max(self, name: str, value: float) -> None:
-        self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
+        self._maxima[name] = largest([self._maxima.get(name, -math.inf), value])
 
     def result(self, gather: Gather) -> dict[str, float]:
         """Means and maxima over everything added on all ranks. Every rank calls this; names may
@@ -51,7 +52,7 @@ class Averages:
             totals.update(part["totals"])
             weights.update(part["weights"])
             for name, value in part["maxima"].items():
-                maxima[name] = max(maxima.get(name, -math.inf), value)
+                maxima[name] = largest([maxima.get(name, -math.inf), value])
         return {n: totals[n] / weights[n] for n in totals if weights[n] > 0} | maxima
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EPS = 1e-8
+# A standard deviation below this, relative to the mean (or to 1), is rounding: dividing by it would
+# turn equal scores into enormous ones.
+FLAT = 1e-6
 
 
 def moments_of(x: Tensor) -> Tensor:
@@ -70,7 +72,9 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        return math.sqrt(variance_of(self._moments) + EPS)
+        """A number to divide by: 1 while everything seen is equal up to rounding."""
+        std = math.sqrt(variance_of(self._moments))
+        return std if std > FLAT * max(abs(self.mean), 1.0) else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"moments": self._moments.tolist()}

@@ -1,5 +1,6 @@
 """Messages between two ranks, and the same calls in a process that is alone."""
 
+import math
 from datetime import timedelta
 
 import pytest
@@ -26,6 +27,7 @@ def exchange(directory):
     found = {
         "sums": c.all_reduce_sums({"a": 1.5, "late": 1.0} if rank else {"a": 0.25}),
         "max": c.all_reduce_max(float(rank)),
+        "max with nan": str(c.all_reduce_max(math.nan if rank else 1.0)),
         "gathered": c.all_gather_json({"rank": rank, "text": "é" * (1 + 9 * rank)}),
         "broadcast": c.broadcast_json(["from 0", 1.5] if rank == 0 else None),
         "moments": c.all_reduce_moments(moments_of(share)).tolist(),
@@ -71,6 +73,7 @@ def test_values_are_the_same_everywhere(found):
         assert first[name] == second[name]
     assert first["sums"] == {"a": 1.75, "late": 1.0}
     assert first["max"] == 1.0
+    assert first["max with nan"] == "nan"
     assert first["gathered"][1] == {"rank": 1, "text": "é" * 10}
     assert first["broadcast"] == ["from 0", 1.5]
     assert first["averages"] == {"both": 0.5, "only one": 3.0}

@@ -34,6 +34,17 @@ def snapshot(engine: TrainEngine) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in engine.gathered_state_dict().items()}
 
 
+def test_settings_that_follow_from_other_arguments_are_refused():
+    """Overriding them silently would train with other numbers than the caller wrote down."""
+    module, config = nn.Linear(2, 1), OptimizerConfig(learning_rate=0.1)
+    with pytest.raises(UserError, match='deepspeed_config: remove "gradient_clipping"'):
+        TrainEngine(module, config, 10, {"gradient_clipping": 0.1})
+    with pytest.raises(UserError, match='deepspeed_config: remove "scheduler"'):
+        TrainEngine(module, config, 10, {"scheduler": "WarmupLR"})
+    automatic = {"train_batch_size": "auto", "zero_optimization": {"stage": 1}, "bf16": "auto"}
+    assert TrainEngine(module, config, 10, automatic).zero_stage == 1
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_matches_plain_torch_with_clipping(stage):
     """Three clipped steps in which the clip binds, against torch's own AdamW and

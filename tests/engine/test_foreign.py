@@ -52,7 +52,7 @@ def exact_logprobs(
 def test_logprobs_are_those_of_the_plain_model(engine: HybridEngine, neox: Path) -> None:
     rollout = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=12, temperature=0.8))
     assert len(rollout) == 10
-    assert rollout.truncated_fraction > 0
+    assert "length" in rollout.finish_reasons
     for i, sequence in enumerate(rollout.sequences):
         exact = exact_logprobs(neox, sequence, rollout.prompt_lengths[i], 0.8)
         torch.testing.assert_close(

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_engine.engine.passes import passes, plan_passes
+from hybrid_engine.engine.passes import passes, plan_passes, span_passes
 
 
 @given(st.lists(st.integers(1, 20)), st.integers(1, 30))
@@ -23,6 +23,16 @@ def test_rows_predict_exactly_the_answers():
     assert only.targets.tolist() == [7, 8, 2, 3, 4]
     assert torch.equal(only.batch.input_ids[only.rows + 1], only.targets)
     assert only.last.tolist() == [3, 5, 8]
+
+
+def test_spans_are_scored_and_what_is_between_them_is_not():
+    sequences = [[5, 6, 7, 8, 9], [1, 2], [3, 4, 5, 6]]
+    spans = [[(1, 2), (4, 5)], [], [(2, 4)]]
+    (only,) = span_passes(sequences, spans, max_tokens=100)
+    assert only.targets.tolist() == [6, 9, 5, 6]
+    assert torch.equal(only.batch.input_ids[only.rows + 1], only.targets)
+    apart = list(span_passes(sequences, spans, max_tokens=5))
+    assert [part.targets.tolist() for part in apart] == [[6, 9], [], [5, 6]]
 
 
 def test_groups_are_not_torn_apart():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from hybrid_engine.engine import Rollout, SamplingParams
 from hybrid_engine.errors import UserError
@@ -29,30 +28,11 @@ def test_views(rollout: Rollout) -> None:
     assert rollout.lengths.tolist() == [3, 1, 2, 1]
     assert rollout.prompt_lengths == [2, 2, 1, 1]
     assert rollout.sequences == [[1, 2, 10, 11, 12], [1, 2, 13], [3, 14, 15], [3, 16]]
-    assert rollout.truncated_fraction == 0.25
-    assert list(rollout.samples_of(1)) == [2, 3]
 
 
 def test_padded_tensors(rollout: Rollout) -> None:
     assert rollout.mask().int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
     assert rollout.padded_logprobs().tolist() == [[-1, -2, -3], [-4, 0, 0], [-5, -6, 0], [-7, 0, 0]]
-    assert rollout.padded_tokens(99).tolist() == [
-        [10, 11, 12],
-        [13, 99, 99],
-        [14, 15, 99],
-        [16, 99, 99],
-    ]
-    expected = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0, 0], [0.5, 0.6, 0], [0.7, 0, 0]])
-    assert torch.equal(rollout.padded_entropies(), expected)
-
-
-def test_select_takes_prompts_with_their_samples(rollout: Rollout) -> None:
-    part = rollout.select([1, 0])
-    assert part.prompts == [[3], [1, 2]]
-    assert part.tokens == [[14, 15], [16], [10, 11, 12], [13]]
-    assert part.kept_mass[0] == [0.5, 0.5]
-    assert part.finish_reasons[2] == "length"
-    assert len(rollout.select([])) == 0
 
 
 def test_an_empty_rollout_has_empty_tensors() -> None:

@@ -60,7 +60,7 @@ def test_the_context_ends_a_response(model: CausalLM) -> None:
 def test_no_prompts_give_an_empty_rollout(llama: CausalLM) -> None:
     rollout = run(llama, [], SamplingParams())
     assert len(rollout) == 0
-    assert rollout.truncated_fraction == 0.0
+    assert rollout.finish_reasons == []
 
 
 def test_a_cache_too_small_for_one_prompt_says_how_much_it_needs(llama: CausalLM) -> None:

@@ -74,6 +74,22 @@ def test_reference_streams_the_same_tokens(native: HybridEngine) -> None:
 
 
 @pytest.mark.parametrize("family", ["native", "foreign"])
+@pytest.mark.parametrize("callback", ["on_token", "on_progress"])
+def test_a_callers_own_value_error_is_not_the_users(
+    family: str, callback: str, request: pytest.FixtureRequest
+) -> None:
+    """A bug in a callback must not pass for a request that cannot be served."""
+
+    def broken(*_: int) -> None:
+        raise ValueError("a bug of the caller")
+
+    engine = request.getfixturevalue(family)
+    with pytest.raises(ValueError, match="a bug of the caller") as caught:
+        engine.generate(PROMPTS[:1], PARAMS, **{callback: broken})
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize("family", ["native", "foreign"])
 def test_an_exception_ends_the_call_and_nothing_else(
     family: str, request: pytest.FixtureRequest
 ) -> None:

@@ -112,7 +112,7 @@ def test_scalar_scores_equal_transformers(tmp_path: Path) -> None:
 def test_a_causal_source_gets_a_seeded_head(tmp_path: Path) -> None:
     save_peer(AutoModelForCausalLM, neox(), tmp_path)
     with pytest.warns(UserWarning, match="native decoder"):
-        models = [load_scalar_model(tmp_path, init_head_seed=seed) for seed in (1, 1, 2)]
+        models = [load_scalar_model(tmp_path, seed=seed) for seed in (1, 1, 2)]
     heads = [model.hf_model.score.weight for model in models]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])

@@ -44,7 +44,7 @@ def test_a_scalar_model_from_a_causal_one_reopens_in_transformers(
     layout: str, tmp_path: Path
 ) -> None:
     save_causal(layout, tmp_path / "causal")
-    model = load_scalar_model(tmp_path / "causal", init_head_seed=5)
+    model = load_scalar_model(tmp_path / "causal", seed=5)
     save_model(model, tmp_path / "reward")
     peer, report = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "reward", output_loading_info=True
@@ -57,7 +57,7 @@ def test_a_scalar_model_from_a_causal_one_reopens_in_transformers(
     expected = their_scores(peer.eval(), sequences)
     torch.testing.assert_close(our_scores(model, sequences), expected, rtol=0, atol=TOLERANCE)
 
-    again = load_scalar_model(tmp_path / "reward", init_head_seed=6)  # the seed must not matter
+    again = load_scalar_model(tmp_path / "reward", seed=6)  # the seed must not matter
     assert torch.equal(our_scores(again, sequences), our_scores(model, sequences))
 
 
@@ -73,13 +73,13 @@ def test_every_row_has_a_value(tmp_path: Path) -> None:
 
 def test_fresh_head_has_the_declared_spread_and_follows_its_seed(tmp_path: Path) -> None:
     save_causal("llama", tmp_path)
-    draws = [load_scalar_model(tmp_path, init_head_seed=seed).score.weight for seed in range(40)]
+    draws = [load_scalar_model(tmp_path, seed=seed).score.weight for seed in range(40)]
     width = draws[0].shape[1]
     everything = torch.cat([draw.detach().flatten() for draw in draws])
     # 1920 normals: the sample deviation is within 5 standard errors (1/sqrt(2n)) of the true one
     ratio = everything.std().item() * math.sqrt(width + 1)
     assert abs(ratio - 1) < 5 / math.sqrt(2 * len(everything))
-    assert torch.equal(draws[3], load_scalar_model(tmp_path, init_head_seed=3).score.weight)
+    assert torch.equal(draws[3], load_scalar_model(tmp_path, seed=3).score.weight)
     assert not torch.equal(draws[3], draws[4])
 
 

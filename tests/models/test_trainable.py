@@ -77,6 +77,9 @@ def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     for (name, a), (_, b) in zip(adapted_linears(model), adapted_linears(again), strict=True):
         assert torch.equal(a.lora_a, b.lora_a), name
         assert not a.lora_b.any()
+    other = load_causal_lm(tmp_path, lora=config, seed=1)
+    for name, linear in adapted_linears(other):
+        assert not torch.equal(linear.lora_a, model.get_submodule(name).lora_a), name
     reward = load_scalar_model(tmp_path, lora=config)
     assert trainable(reward) == {*expected, "score.weight"}
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hybrid_engine.rl.largest import largest
 from hybrid_engine.rl.metrics import (
     Averages,
     add_policy_stats,
@@ -38,6 +39,26 @@ def test_averages_over_ranks_with_different_names():
     sent = []
     second.result(lambda own: sent.append(own) or [own])
     assert first.result(lambda own: [own, *sent]) == {"a": 1.0, "b": 0.0, "other": 2.0, "peak": 3.0}
+
+
+@pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_maximum_does_not_hide_nan(order):
+    """max(1.0, nan) is 1.0 in Python."""
+    averages = Averages()
+    for value in order:
+        averages.add_max("peak", value)
+    assert math.isnan(averages.result(alone)["peak"])
+    first, second = Averages(), Averages()
+    first.add_max("peak", order[0])
+    second.add_max("peak", order[1])
+    sent = []
+    second.result(lambda own: sent.append(own) or [own])
+    assert math.isnan(first.result(lambda own: [own, *sent])["peak"])
+
+
+def test_the_largest_of_none_is_the_default():
+    assert largest([], default=0.0) == 0.0
+    assert largest([2, 3.5]) == 3.5
 
 
 def test_loss_statistics_get_names():

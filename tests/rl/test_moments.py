@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_engine.rl.moments import EPS, RunningMoments, combine_moments, moments_of, variance_of
+from hybrid_engine.rl.moments import RunningMoments, combine_moments, moments_of, variance_of
 
 
 @settings(max_examples=50, deadline=None)
@@ -40,7 +40,19 @@ def test_running_moments_equal_those_of_all_batches():
     everything = torch.cat(batches).double()
     assert running.count == 23
     assert running.mean == pytest.approx(float(everything.mean()), rel=1e-12)
-    assert running.std == pytest.approx(float((everything.var() + EPS).sqrt()), rel=1e-12)
+    assert running.std == pytest.approx(float(everything.std()), rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e6])
+def test_what_does_not_vary_is_divided_by_one(value):
+    """Equal scores but for a rounding of fp32, which is no more than 1.2e-7 of them."""
+    running = RunningMoments()
+    assert running.std == 1.0
+    running.update(moments_of(torch.full((7,), value)))
+    running.update(moments_of(torch.tensor([value * (1 + 1e-7), value])))
+    assert running.std == 1.0
+    running.update(moments_of(torch.tensor([value * 1.5 + 1])))
+    assert running.std > 0.1
 
 
 def test_state_survives_json():

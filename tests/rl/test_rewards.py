@@ -57,6 +57,16 @@ def test_normalisation_by_running_moments(how):
     torch.testing.assert_close(shaped.scores, (torch.tensor(scores) - mean) / std)
 
 
+@pytest.mark.parametrize("how, wanted", [("scale", 0.3), ("standardize", 0.0)])
+def test_equal_scores_do_not_explode(how, wanted):
+    """A standard deviation of rounding noise, 3e-9 here, is nothing to divide by."""
+    moments = RunningMoments()
+    moments.update(moments_of(torch.tensor([0.3, 0.3, 0.3 + 3e-8])))
+    shaped = shape([0.3, 0.3, 0.3], RewardShapingConfig(normalize=how), moments=moments)
+    torch.testing.assert_close(shaped.scores, torch.full((3,), wanted), rtol=0, atol=1e-6)
+    assert shaped.clipped == 0
+
+
 def test_order_normalise_penalty_clip():
     """Score 100 at sigma 10 is 10; minus 3 is 7; clipped to 5. Any other order gives another
     number."""
