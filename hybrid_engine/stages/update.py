@@ -14,6 +14,7 @@ from hybrid_engine.distributed.collectives import all_gather_json, all_reduce_ma
 from hybrid_engine.engine.passes import Pass, passes
 from hybrid_engine.models import Trunk
 from hybrid_engine.rl.experience import Experience
+from hybrid_engine.rl.largest import largest
 from hybrid_engine.rl.losses import entropy_loss, policy_loss, ptx_loss, value_loss
 from hybrid_engine.rl.metrics import Averages, add_policy_stats, add_value_stats
 from hybrid_engine.rl.padding import spread
@@ -75,21 +76,19 @@ class Updater:
         self, minibatch: Experience, train_policy: bool, averages: Averages, divergence: Averages
     ) -> float:
         tokens = max(all_reduce_sums({"tokens": minibatch.num_tokens})["tokens"], 1.0)
-        drift = 0.0
+        drifts: list[float] = []
         for part in passes(
             minibatch.sequences, minibatch.prompt_lengths, self.config.max_tokens_per_pass
         ):
             rows = minibatch.select(part.samples)
             trunk = self._trunk(part, rows)
             if train_policy:
-                drift = max(
-                    drift, self._policy_pass(part, rows, trunk, tokens, averages, divergence)
-                )
+                drifts.append(self._policy_pass(part, rows, trunk, tokens, averages, divergence))
             if self.cast.critic is not None:
                 self._critic_pass(part, rows, trunk, tokens, averages)
         if train_policy and self.demonstrations is not None:
             self._demonstration_passes(self.demonstrations(self.cast.policy.steps), averages)
-        return drift
+        return largest(drifts, default=0.0)
 
     def _policy_pass(
         self,
