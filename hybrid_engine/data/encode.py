@@ -2,7 +2,8 @@
 
 Prompt and answer are tokenised apart and laid end to end, so a prompt has the same tokens whether
 it stands alone (a rollout) or before its answer (training). A complete answer ends with an
-end-of-sequence token; a cut one does not.
+end-of-sequence token; a cut one does not. A conversation is a prompt and an answer several times
+over, unless its chat template marks what the assistant generates: then it is tokenised as a whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ import jinja2
 from hybrid_engine.config import DataConfig
 from hybrid_engine.data.messages import Messages, Text, as_assistant, as_user
 from hybrid_engine.data.records import BadRow
+from hybrid_engine.data.turns import (
+    Span,
+    cut_into_turns,
+    cut_spans,
+    marked_spans,
+    marks_generation,
+    not_a_beginning,
+)
 from hybrid_engine.errors import UserError
 
 OPEN = "Assistant:"  # what a prompt of plain paragraphs ends with
@@ -36,10 +45,9 @@ class Encoder:
         self.style = config.chat_template
         self.max_length = config.max_length
         self.ends = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+        self._end_texts = [text for text in map(tokenizer.decode, self.ends) if text.strip()]
         self._lead = self._leading_tokens()
-        self._start = self._lead or [
-            self.ends[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        ]
+        self._marked = self.style != "never" and marks_generation(tokenizer.chat_template)
         if self.style == "always":
             self._need_template("data.chat_template is 'always'")
 
@@ -50,7 +58,7 @@ class Encoder:
         """
         styled, _ = self._in_style(prompt, None)
         if isinstance(styled, str):
-            return styled, self._lead + self._tokenize(styled) if styled else list(self._start)
+            return styled, self._lead + self._tokenize(styled) if styled else self._start()
         text = self._render(styled, generate=True)
         return text, self._tokenize(text)
 
@@ -60,6 +68,22 @@ class Encoder:
         length = len(tokens)
         tokens = tokens + self.answer_tokens(self.answer_text(text, prompt, answer))
         return tokens[: self.max_length], length
+
+    def conversation(self, messages: Messages) -> tuple[list[int], tuple[Span, ...]]:
+        """(tokens, the assistant's parts of them) of a conversation that ends with the assistant,
+        cut after ``max_length`` tokens.
+
+        Raises BadRow when the template does not show where a turn begins and ends.
+        """
+        tokens, spans = self._turns(messages)
+        return cut_spans(tokens, spans, self.max_length)
+
+    def opening_length(self, messages: Messages) -> int:
+        """Tokens before the assistant's first part; raises BadRow as :meth:`conversation` does."""
+        if self._marked:
+            return self._marked_turns(messages)[1][0][0]
+        context, _ = cut_into_turns(messages, self._text, self._end_texts)[0]
+        return len(self._conversation_lead() + self._tokenize(context))
 
     def answer_text(self, prompt_text: str, prompt: Text, answer: Text) -> str:
         """What follows the prompt's text.
@@ -71,10 +95,7 @@ class Encoder:
             return styled
         whole = self._render(turns + styled, generate=False)
         if not whole.startswith(prompt_text):
-            raise BadRow(
-                "the chat template does not render the prompt as the beginning of prompt + answer; "
-                "set data.chat_template to 'never', or give the tokenizer another template"
-            )
+            raise not_a_beginning()
         return whole[len(prompt_text) :]
 
     def answer_tokens(self, text: str) -> list[int]:
@@ -82,28 +103,82 @@ class Encoder:
 
         Templates put white space after theirs; plain text has none.
         """
-        tokens = self._tokenize(text)
+        return self._ended(self._tokenize(text))
+
+    def end(self) -> int:
+        """The token that ends an answer; raises UserError where the model declares none."""
+        if not self.ends:
+            raise UserError(
+                "neither the tokenizer nor the model declares an end token, so no answer could "
+                "end; set eos_token in its tokenizer_config.json or eos_token_id in its "
+                "generation_config.json"
+            )
+        return self.ends[0]
+
+    def _ended(self, tokens: list[int]) -> list[int]:
         last = max((at for at, token in enumerate(tokens) if token in self.ends), default=-1)
         if last >= 0 and not self.tokenizer.decode(tokens[last + 1 :]).strip():
             return tokens[: last + 1]
-        return [*tokens, self.ends[0]]
+        return [*tokens, self.end()]
+
+    def _start(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return self._lead or [self.end() if bos is None else bos]
+
+    def _conversation_lead(self) -> list[int]:
+        """What precedes the text of a conversation: templates write their own start."""
+        return list(self._lead) if self.style == "never" else []
+
+    def _turns(self, messages: Messages) -> tuple[list[int], list[Span]]:
+        if self._marked:
+            return self._marked_turns(messages)
+        tokens, spans = self._conversation_lead(), []
+        for context, answer in cut_into_turns(messages, self._text, self._end_texts):
+            tokens += self._tokenize(context)
+            begin = len(tokens)
+            tokens += self._tokenize(answer)
+            spans.append((begin, len(tokens)))
+        return self._end_last(tokens, spans)
+
+    def _marked_turns(self, messages: Messages) -> tuple[list[int], list[Span]]:
+        encoded = self._apply_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        tokens = encoded["input_ids"]
+        spans = marked_spans(encoded["assistant_masks"], tokens, self.ends)
+        if not spans:
+            raise BadRow(
+                "the chat template marks no part of this conversation as generated; mend its "
+                "{% generation %} tags or set data.chat_template to 'never'"
+            )
+        return self._end_last(tokens, spans)
+
+    def _end_last(self, tokens: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
+        begin, end = spans[-1]
+        tokens = tokens[:begin] + self._ended(tokens[begin:end])
+        return tokens, [*spans[:-1], (begin, len(tokens))]
+
+    def _text(self, messages: Messages, generate: bool) -> str:
+        if self.style != "never":
+            return self._render(messages, generate)
+        return plain_prompt(messages) if generate else plain(messages)
 
     def _in_style(self, prompt: Text, answer: Text | None) -> tuple[Any, Any]:
         """Both parts as strings or both as turns, whichever this style tokenises."""
         if self.style == "always" and isinstance(prompt, str) and prompt:
             return as_user(prompt), None if answer is None else as_assistant(answer)
         if self.style == "never" and isinstance(prompt, list):
-            opening = plain(prompt) + ("\n\n" if prompt else "") + OPEN
             reply = None if answer is None else plain(as_assistant(answer)).removeprefix(OPEN)
-            return opening, reply
+            return plain_prompt(prompt), reply
         return prompt, answer
 
     def _render(self, messages: Messages, generate: bool) -> str:
+        return self._apply_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _apply_template(self, messages: Messages, **options: Any) -> Any:
         self._need_template("the row holds messages")
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
-            )
+            return self.tokenizer.apply_chat_template(messages, **options)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise BadRow(
                 f"the tokenizer's chat template refuses these messages ({error}); "
@@ -139,6 +214,11 @@ def plain(messages: Messages) -> str:
     return "\n\n".join(
         f"{message['role'].capitalize()}: {message['content']}" for message in messages
     )
+
+
+def plain_prompt(messages: Messages) -> str:
+    """The same, with the assistant's turn to come."""
+    return plain(messages) + ("\n\n" if messages else "") + OPEN
 
 
 def first_words(text: str, count: int) -> tuple[str, str]:

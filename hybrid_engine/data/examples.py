@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_engine.config import DataConfig
 from hybrid_engine.data.encode import Encoder, first_words
-from hybrid_engine.data.messages import Text, split_conversation
+from hybrid_engine.data.messages import Messages, Text, split_conversation
 from hybrid_engine.data.records import Record
 from hybrid_engine.data.schema import (
     ANSWER,
@@ -18,17 +18,28 @@ from hybrid_engine.data.schema import (
     PREFERENCE,
     TEXT,
 )
+from hybrid_engine.data.turns import Span, up_to_the_last_answer
 
 
 @dataclass(frozen=True)
 class SFTExample:
-    """Prompt and answer; only ``tokens[prompt_length:]`` carry loss.
+    """A prompt and its answer, or a conversation with several.
 
-    There is at least one prompt token.
+    Only the tokens in ``spans``, places ``[begin, end)`` in ascending order, carry loss. The first
+    token is in none of them.
     """
 
     tokens: list[int]
-    prompt_length: int
+    spans: tuple[Span, ...]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first answer."""
+        return self.spans[0][0]
+
+    @property
+    def num_targets(self) -> int:
+        return sum(end - begin for begin, end in self.spans)
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,9 @@ class NotForThisStep(Exception):
 class ExampleMaker:
     """Turns records into examples, or says why a row is no use to the step.
 
-    A conversation teaches its last assistant turn; earlier ones are context. Of a preference, step
-    1 learns the chosen answer; of labelled answers, those labelled 1; of labelled texts, all (there
-    the label is a property to learn).
+    A conversation teaches all its assistant turns. Of a preference, step 1 learns the chosen
+    answer; of labelled answers, those labelled 1; of labelled texts, all (there the label is a
+    property to learn).
     """
 
     def __init__(self, encoder: Encoder, config: DataConfig) -> None:
@@ -71,8 +82,11 @@ class ExampleMaker:
         self.max_prompt = config.max_prompt_tokens
 
     def sft(self, record: Record) -> SFTExample:
+        if record.kind is CONVERSATION:
+            return SFTExample(*self.encoder.conversation(taught(record)))
         prompt, (answer,) = self._parts(record, "sft")
-        return SFTExample(*self.encoder.sequence(prompt, answer))
+        tokens, length = self.encoder.sequence(prompt, answer)
+        return SFTExample(tokens, ((max(length, 1), len(tokens)),))
 
     def pair(self, record: Record) -> PairExample:
         """Of a preference row."""
@@ -100,15 +114,21 @@ class ExampleMaker:
 
     def check(self, record: Record, step: str) -> None:
         """Raise NotForThisStep or BadRow where making the example would fail; tokenises no more
-        than the prompt.
+        than the prompt, where that is enough to know.
         """
+        if record.kind is CONVERSATION and step == "sft":
+            self._check_prompt(self.encoder.opening_length(taught(record)))
+            return
         prompt, answers = self._parts(record, step)
         text, tokens = self.encoder.prompt(prompt)
-        if len(tokens) > self.max_prompt:
-            raise NotForThisStep(f"prompt longer than {self.max_prompt} tokens")
+        self._check_prompt(len(tokens))
         texts = [self.encoder.answer_text(text, prompt, answer) for answer in answers]
         if len(texts) == 2 and self._equal_when_cut(texts, self.encoder.max_length - len(tokens)):
             raise NotForThisStep("answers are equal up to data.max_length")
+
+    def _check_prompt(self, length: int) -> None:
+        if length > self.max_prompt:
+            raise NotForThisStep(f"prompt longer than {self.max_prompt} tokens")
 
     def _equal_when_cut(self, texts: list[str], budget: int) -> bool:
         """A character is at most four tokens, so answers that differ early need no tokens to tell
@@ -127,10 +147,13 @@ class ExampleMaker:
         if kind is LABELLED_ANSWER and step == "sft" and fields["label"] == 0:
             raise NotForThisStep("answer labelled 0")
         prompt, answer = self._prompt_and_answer(record)
-        if not answer and step == "sft" and kind is CONVERSATION:
-            raise NotForThisStep("conversation does not end with the assistant")
-        if not answer and step != "reward" and kind in (TEXT, LABELLED_TEXT):
-            raise NotForThisStep(f"no more than {self.words} words")
+        if kind is CONVERSATION and step == "rlhf" and not prompt:
+            raise NotForThisStep("no prompt")
+        if kind in (TEXT, LABELLED_TEXT) and step != "reward":
+            if not answer:
+                raise NotForThisStep(f"no more than {self.words} words (data.prompt_words)")
+            if not prompt and step == "rlhf":
+                raise NotForThisStep("no prompt, because data.prompt_words is 0; give 1 or more")
         return prompt, () if step == "rlhf" else (answer,)
 
     def _preference_parts(self, fields: dict[str, Any], step: str) -> tuple[Text, tuple[Text, ...]]:
@@ -148,3 +171,11 @@ class ExampleMaker:
         if kind in (TEXT, LABELLED_TEXT):
             return first_words(fields["text"], self.words)
         return fields["prompt"], ""
+
+
+def taught(record: Record) -> Messages:
+    """A conversation up to its last answer."""
+    messages = up_to_the_last_answer(record.fields["messages"])
+    if not messages:
+        raise NotForThisStep("conversation without an answer by the assistant")
+    return messages

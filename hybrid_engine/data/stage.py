@@ -102,7 +102,10 @@ def load_stage(
     opened = [open_source(spec) for spec in config.path]
     check_mapping_is_used(mapping, opened)
     sources = [CheckedSource(source, mapping, seed, config.max_rows) for source in opened]
-    maker = ExampleMaker(Encoder(tokenizer, config, eos_token_id), config)
+    encoder = Encoder(tokenizer, config, eos_token_id)
+    if stage != "rlhf":
+        encoder.end()  # answers are to end with it: say so before the first of them
+    maker = ExampleMaker(encoder, config)
     left_out: Counter[str] = Counter()
     plans = [
         plan_source(at, source, stage, config, maker, left_out) for at, source in enumerate(sources)

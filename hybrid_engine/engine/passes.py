@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hybrid_engine.distributed.collectives import all_reduce_max
-from hybrid_engine.models.packing import PackedBatch, last_rows, pack, response_rows
+from hybrid_engine.models.packing import PackedBatch, last_rows, pack, span_rows
+
+Spans = Sequence[tuple[int, int]]  # the places [begin, end) of a sequence that are scored
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,9 @@ class Pass:
     last: Tensor
 
 
-def pack_pass(
-    sequences: Sequence[list[int]], prompt_lengths: Sequence[int], samples: list[int]
-) -> Pass:
-    """Packs whole sequences. An answer without a prompt is scored from its second token: nothing
-    precedes the first.
-    """
+def pack_pass(sequences: Sequence[list[int]], spans: Sequence[Spans], samples: list[int]) -> Pass:
     batch = pack([sequences[i] for i in samples])
-    rows, targets = response_rows(batch, [max(prompt_lengths[i], 1) for i in samples])
+    rows, targets = span_rows(batch, [spans[i] for i in samples])
     return Pass(samples, batch, rows, targets, last_rows(batch))
 
 
@@ -63,6 +60,19 @@ def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def passes(
     sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_tokens: int, group: int = 1
 ) -> Iterator[Pass]:
+    """Passes that score what follows each prompt. An answer without a prompt is scored from its
+    second token: nothing precedes the first.
+    """
+    spans = [
+        [(max(prompt, 1), len(sequence))]
+        for sequence, prompt in zip(sequences, prompt_lengths, strict=True)
+    ]
+    return span_passes(sequences, spans, max_tokens, group)
+
+
+def span_passes(
+    sequences: Sequence[list[int]], spans: Sequence[Spans], max_tokens: int, group: int = 1
+) -> Iterator[Pass]:
     """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one
     pass.
 
@@ -74,9 +84,7 @@ def passes(
     plan = plan_passes(lengths, max_tokens)
     most = int(all_reduce_max(len(plan)))
     for groups in plan:
-        yield pack_pass(
-            sequences, prompt_lengths, [g * group + i for g in groups for i in range(group)]
-        )
+        yield pack_pass(sequences, spans, [g * group + i for g in groups for i in range(group)])
     for _ in range(most - len(plan)):
         yield idle_pass()
 

@@ -6,7 +6,7 @@ from .families import spec_from_hf
 from .foreign import ForeignCausalLM, ForeignScalarModel
 from .heads import CausalLM, ScalarModel, TokenScores
 from .lora import LoRAConfig, adapted_linears, adapters_disabled, apply_lora, merged_weight
-from .packing import PackedBatch, last_rows, pack, response_rows, unpack
+from .packing import PackedBatch, last_rows, pack, response_rows, span_rows, unpack
 from .rope import rope_tables
 from .saving import save_model
 from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
@@ -42,6 +42,7 @@ __all__ = [
     "rope_tables",
     "save_model",
     "share_frozen_trunk",
+    "span_rows",
     "spec_from_hf",
     "train_top_layers",
     "unpack",

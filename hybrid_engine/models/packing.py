@@ -70,16 +70,33 @@ def response_rows(batch: PackedBatch, prompt_lengths: Sequence[int]) -> tuple[Te
     The first response token is predicted by the prompt's last row, so a prompt has at least
     one token.
     """
-    if len(prompt_lengths) != batch.num_sequences:
-        raise ValueError(
-            f"{len(prompt_lengths)} prompt lengths for {batch.num_sequences} sequences"
-        )
+    lengths = batch.lengths.tolist()
+    if len(prompt_lengths) != len(lengths):
+        raise ValueError(f"{len(prompt_lengths)} prompt lengths for {len(lengths)} sequences")
+    for length, prompt in zip(lengths, prompt_lengths, strict=True):
+        if not 1 <= prompt <= length:
+            raise ValueError(f"prompt length {prompt} outside 1..{length} (its sequence)")
+    spans = [[(prompt, length)] for length, prompt in zip(lengths, prompt_lengths, strict=True)]
+    return span_rows(batch, spans)
+
+
+def span_rows(
+    batch: PackedBatch, spans: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Tensor, Tensor]:
+    """Rows that predict the tokens at places ``[begin, end)`` of each sequence, and those tokens:
+    both int64 ``[N]``.
+
+    Nothing predicts a first token, so ``begin`` is at least 1.
+    """
+    if len(spans) != batch.num_sequences:
+        raise ValueError(f"spans of {len(spans)} sequences for {batch.num_sequences} sequences")
     rows: list[Tensor] = []
-    starts = batch.cu_seqlens.tolist()
-    for begin, end, prompt in zip(starts[:-1], starts[1:], prompt_lengths, strict=True):
-        if not 1 <= prompt <= end - begin:
-            raise ValueError(f"prompt length {prompt} outside 1..{end - begin} (its sequence)")
-        rows.append(torch.arange(begin + prompt - 1, end - 1))
+    starts, lengths = batch.cu_seqlens[:-1].tolist(), batch.lengths.tolist()
+    for start, length, parts in zip(starts, lengths, spans, strict=True):
+        for begin, end in parts:
+            if not 1 <= begin <= end <= length:
+                raise ValueError(f"span {begin}..{end} outside 1..{length} (its sequence)")
+            rows.append(torch.arange(start + begin - 1, start + end - 1))
     row = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
     row = row.to(batch.input_ids.device)
     return row, batch.input_ids[row + 1]

@@ -9,7 +9,7 @@ import torch
 
 from hybrid_engine.data import Batches, SFTExample
 from hybrid_engine.distributed.collectives import all_reduce_sums
-from hybrid_engine.engine.passes import passes
+from hybrid_engine.engine.passes import span_passes
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.run import Run
 from hybrid_engine.stages.loop import StageLoop, local_share
@@ -65,16 +65,15 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on this rank's share of a batch.
 
-    The loss is the sum of -log p over answer tokens, divided by their number in the whole batch
-    over all ranks: a mean of per-pass means would weigh short answers more (see
+    The loss is the sum of -log p over the assistant's tokens, divided by their number in the whole
+    batch over all ranks: a mean of per-pass means would weigh short answers more (see
     huggingface/trl#2175).
     """
-    tokens = [e.tokens for e in examples]
-    prompts = [e.prompt_length for e in examples]
-    targets = sum(len(t) - max(p, 1) for t, p in zip(tokens, prompts, strict=True))
+    tokens, spans = [e.tokens for e in examples], [e.spans for e in examples]
+    targets = sum(e.num_targets for e in examples)
     sums = all_reduce_sums({"targets": targets, "tokens": sum(map(len, tokens))})
     loss = 0.0
-    for part in passes(tokens, prompts, max_tokens):
+    for part in span_passes(tokens, spans, max_tokens):
         nll = -engine(part.batch, part.rows, part.targets).logprobs.sum()
         engine.backward(nll, max(sums["targets"], 1))
         loss += float(nll.detach())
@@ -96,11 +95,10 @@ def evaluate(
     """Mean negative log-likelihood of an answer token on held-out rows, in nats, and its
     exponential; nan where no row is held out.
     """
-    share = local_share(range(len(examples)))
-    tokens = [examples[i].tokens for i in share]
-    prompts = [examples[i].prompt_length for i in share]
+    share = [examples[i] for i in local_share(range(len(examples)))]
+    tokens, spans = [e.tokens for e in share], [e.spans for e in share]
     sums = {"nll": 0.0, "targets": 0.0}
-    for part in passes(tokens, prompts, max_tokens):
+    for part in span_passes(tokens, spans, max_tokens):
         logprobs = engine(part.batch, part.rows, part.targets).logprobs
         sums["nll"] -= float(logprobs.double().sum())
         sums["targets"] += len(part.targets)

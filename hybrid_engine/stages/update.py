@@ -11,7 +11,7 @@ import torch
 from hybrid_engine.config import PPOConfig
 from hybrid_engine.data import SFTExample
 from hybrid_engine.distributed.collectives import all_gather_json, all_reduce_max, all_reduce_sums
-from hybrid_engine.engine.passes import Pass, passes
+from hybrid_engine.engine.passes import Pass, passes, span_passes
 from hybrid_engine.models import Trunk
 from hybrid_engine.rl.experience import Experience
 from hybrid_engine.rl.largest import largest
@@ -131,10 +131,10 @@ class Updater:
 
     def _demonstration_passes(self, examples: Sequence[SFTExample], averages: Averages) -> None:
         """PPO-ptx: a language-modelling loss on demonstrations keeps what RL would forget."""
-        sequences, prompts = [e.tokens for e in examples], [e.prompt_length for e in examples]
-        local = sum(len(s) - max(p, 1) for s, p in zip(sequences, prompts, strict=True))
+        sequences, spans = [e.tokens for e in examples], [e.spans for e in examples]
+        local = sum(e.num_targets for e in examples)
         targets = max(all_reduce_sums({"targets": local})["targets"], 1.0)
-        for part in passes(sequences, prompts, self.config.max_tokens_per_pass):
+        for part in span_passes(sequences, spans, self.config.max_tokens_per_pass):
             logprobs = self.cast.policy(part.batch, part.rows, part.targets).logprobs
             self.cast.policy.backward(ptx_loss(logprobs, self.config.ptx_coef), targets)
             averages.add("ptx_loss", -logprobs.detach().sum(), len(part.targets))

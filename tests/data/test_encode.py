@@ -83,6 +83,20 @@ def test_an_empty_prompt_without_bos_starts_with_the_end_token():
     assert Encoder(tokenizer, DataConfig(), EOS).prompt("") == ("", [EOS])
 
 
+def test_without_bos_and_end_tokens_an_empty_prompt_has_nothing_to_start_with():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(UserError, match="neither the tokenizer nor the model declares an end"):
+        Encoder(tokenizer, DataConfig(), ()).prompt("")
+
+
+def test_prompts_need_no_end_token_and_answers_do():
+    encode = encoder(eos=())
+    assert encode.prompt("ab") == ("ab", encoder().prompt("ab")[1])
+    with pytest.raises(UserError, match=r"set eos_token .* or eos_token_id in its generation_conf"):
+        encode.sequence("ab", "c")
+
+
 def test_an_answer_cut_by_the_length_has_no_end():
     encode = encoder(max_length=8, max_prompt_tokens=4)
     assert encode.sequence("abcd", "xyz") == ([*encode.prompt("abcdxyz")[1], EOS], 4)

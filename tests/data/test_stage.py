@@ -4,6 +4,7 @@ import pytest
 
 from hybrid_engine.config import DataConfig
 from hybrid_engine.data import PairExample, PromptExample, SFTExample, load_stage
+from hybrid_engine.errors import UserError
 from tests.data.files import assistant, user, write_jsonl
 from tests.tiny import make_tiny_tokenizer
 
@@ -38,10 +39,10 @@ TURNS = [user("q"), assistant("a"), user("q2"), assistant("a2")]
 CONTEXT = chat("q", "a", "q2") + GENERATE
 
 SFT = {
-    "text": ({"text": "hello world"}, "<|im_start|>", "hello world"),
+    "text": ({"text": "a b c d e hello world"}, "a b c d e", " hello world"),
     "prompt + completion": ({"prompt": "Q:", "completion": " A"}, "Q:", " A"),
     "chosen": ({"prompt": "Q:", **PAIR}, "Q:", "good"),
-    "messages": ({"messages": TURNS}, CONTEXT, "a2"),
+    "messages": ({"messages": TURNS[:2]}, chat("q") + GENERATE, "a"),
     "turns of a pair": (
         {"prompt": TURNS[:3], "chosen": [assistant("good")], "rejected": [assistant("bad")]},
         CONTEXT,
@@ -60,6 +61,7 @@ SFT = {
 def test_sft_learns_the_answer(tmp_path, row, prompt, answer):
     (example,) = everything(load(tmp_path, [row], "sft"))
     assert isinstance(example, SFTExample)
+    assert example.spans == ((example.prompt_length, len(example.tokens)),)
     assert text(example.tokens[: example.prompt_length]) == prompt
     assert text(example.tokens[example.prompt_length :]) == f"{answer}<|im_end|>"
 
@@ -129,12 +131,32 @@ def test_text_rows_give_their_first_words(tmp_path):
     rows = [{"text": "one two three"}, {"text": "one two"}]
     prompts = load(tmp_path, rows, "rlhf", prompt_words=2)
     assert [example.text for example in everything(prompts)] == ["one two"]
-    assert prompts.left_out == {"no more than 2 words": 1}
+    assert prompts.left_out == {"no more than 2 words (data.prompt_words)": 1}
     (example,) = everything(load(tmp_path, rows, "sft", prompt_words=2))
     assert text(example.tokens[: example.prompt_length]) == "one two"
     assert text(example.tokens[example.prompt_length :]) == " three<|im_end|>"
-    (example,) = everything(load(tmp_path, rows[:1], "rlhf"))
-    assert (example.text, example.tokens) == ("", [256])
+
+
+def test_without_prompt_words_texts_are_learnt_whole_and_prompt_nothing(tmp_path):
+    rows = [{"text": "one two three"}, {"text": "one two"}]
+    examples = everything(load(tmp_path, rows, "sft", prompt_words=0))
+    assert {text(e.tokens) for e in examples} == {
+        f"<|im_start|>{row['text']}<|im_end|>" for row in rows
+    }
+    assert all(e.prompt_length == 1 for e in examples)
+    with pytest.raises(UserError, match=r"2 left out: no prompt, because data\.prompt_words is 0"):
+        load(tmp_path, rows, "rlhf", prompt_words=0)
+    labelled_rows = labelled(20, 10)
+    with pytest.raises(UserError, match=r"20 left out: no prompt, .*data\.prompt_words"):
+        load(tmp_path, labelled_rows, "rlhf", prompt_words=0)
+
+
+def test_no_text_row_prompts_with_nothing_by_default(tmp_path):
+    rows = [{"text": " ".join("abcdefghij"[: i % 10 + 1]) + f" {i}"} for i in range(40)]
+    data = load(tmp_path, rows, "rlhf")
+    # Of 2 to 5 words.
+    assert data.left_out == {"no more than 5 words (data.prompt_words)": 16}
+    assert {example.text for example in everything(data)} == {"a b c d e"}
 
 
 def test_other_columns_reach_the_rewards_and_mapped_ones_are_ours(tmp_path):
@@ -152,10 +174,48 @@ def test_long_prompts_are_left_out_and_counted(tmp_path):
         assert len(everything(data)) == 2
 
 
-def test_a_conversation_that_waits_teaches_nothing(tmp_path):
-    data = load(tmp_path, [{"messages": TURNS}, {"messages": TURNS[:3]}], "sft")
-    assert len(everything(data)) == 1
-    assert data.left_out == {"conversation does not end with the assistant": 1}
+def targets(example):
+    return [text(example.tokens[begin:end]) for begin, end in example.spans]
+
+
+def test_a_conversation_teaches_every_turn_of_the_assistant(tmp_path):
+    (example,) = everything(load(tmp_path, [{"messages": TURNS}], "sft"))
+    assert text(example.tokens) == (chat("q", "a", "q2") + GENERATE + "a2<|im_end|>")
+    assert targets(example) == ["a<|im_end|>", "a2<|im_end|>"]
+    assert text(example.tokens[: example.prompt_length]) == chat("q") + GENERATE
+    assert example.num_targets == len("a") + len("a2") + 2
+
+
+def test_a_conversation_that_waits_teaches_what_was_answered(tmp_path):
+    rows = [TURNS[:3], TURNS[:1], TURNS[1:3], TURNS[1:2]]
+    data = load(tmp_path, [{"messages": turns} for turns in rows], "sft")
+    (example,) = everything(data)
+    assert text(example.tokens) == chat("q") + GENERATE + "a<|im_end|>"
+    assert data.left_out == {"conversation without an answer by the assistant": 3}
+
+
+def test_a_greeting_prompts_nothing(tmp_path):
+    data = load(tmp_path, [{"messages": TURNS[:2]}, {"messages": TURNS[1:2]}], "rlhf")
+    assert [example.text for example in everything(data)] == [chat("q") + GENERATE]
+    assert data.left_out == {"no prompt": 1}
+
+
+def test_a_long_conversation_is_cut_and_its_later_questions_do_not_count(tmp_path):
+    rows = [{"messages": [user("q"), assistant("a"), user("u" * 300), assistant("b")]}]
+    limits = {"max_prompt_tokens": 40, "max_length": 100}
+    (example,) = everything(load(tmp_path, rows, "sft", **limits))
+    assert targets(example) == ["a<|im_end|>"]
+    rows = [{"messages": [user("u" * 40), assistant("a")]}]
+    with pytest.raises(UserError, match="1 left out: prompt longer than 40 tokens"):
+        load(tmp_path, rows, "sft", **limits)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_model_without_end_tokens_cannot_learn_answers(tmp_path, stage):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "Q:", **PAIR}])
+    config = DataConfig(path=(path,), split=(1, 1, 1))
+    with pytest.raises(UserError, match="declares an end token.*set eos_token in its"):
+        load_stage(config, stage, TOKENIZER, 0, ())
 
 
 def test_answers_that_differ_only_beyond_the_cut_are_left_out(tmp_path):
@@ -182,7 +242,7 @@ def labelled(count, good, prompt=None):
 
 @pytest.mark.parametrize("prompt", [None, "Q:"], ids=["texts", "answers"])
 def test_labelled_rows_are_paired_and_each_takes_part(tmp_path, prompt):
-    data = load(tmp_path, labelled(60, 20, prompt), "reward")
+    data = load(tmp_path, labelled(60, 20, prompt), "reward", prompt_words=0)
     pairs = everything(data)
     chosen, rejected = (
         [text(getattr(pair, side)) for pair in pairs] for side in ("chosen", "rejected")
@@ -202,8 +262,6 @@ def test_labelled_texts_with_their_own_first_words_share_no_prompt(tmp_path):
 
 
 def test_one_label_alone_makes_no_pairs(tmp_path):
-    from hybrid_engine.errors import UserError
-
     with pytest.raises(UserError, match="9 left out: no row of the other label to pair with"):
         load(tmp_path, labelled(10, 10)[:9], "reward")
 
@@ -212,11 +270,12 @@ def test_sft_leaves_bad_answers_out_but_learns_texts_of_both_labels(tmp_path):
     data = load(tmp_path, labelled(20, 10, "Q:"), "sft")
     assert data.left_out == {"answer labelled 0": 10}
     assert len(everything(data)) == 10
-    assert len(everything(load(tmp_path, labelled(20, 10), "sft"))) == 20
+    assert len(everything(load(tmp_path, labelled(20, 10), "sft", prompt_words=1))) == 20
 
 
 def test_examples_are_made_at_access(tmp_path, monkeypatch):
-    data = load(tmp_path, [{"text": f"row {i}"} for i in range(50)], "sft")
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    data = load(tmp_path, rows, "sft", prompt_words=0)
     calls = []
     inner = TOKENIZER.__class__.__call__
     monkeypatch.setattr(
