@@ -6,6 +6,7 @@ import torch
 
 from hybrid_engine.config import RunConfig
 from hybrid_engine.errors import UserError
+from hybrid_engine.models.checkpoint_io import context_of
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
 from hybrid_kernels import native_available
@@ -23,6 +24,8 @@ def check(run: Run) -> None:
     zero_stage = run.zero_stage  # reads the DeepSpeed file
     if 3 in run.config.steps:
         check_step_3(run, zero_stage)
+    elif {1, 2} <= set(run.config.steps):
+        check_scorer(run, build_rewards(run.config.judge).needs_model)
 
 
 def check_step_3(run: Run, zero_stage: int) -> None:
@@ -32,11 +35,69 @@ def check_step_3(run: Run, zero_stage: int) -> None:
             "generating under ZeRO-3 needs the native kernels (see the warning above); use ZeRO "
             "stage 0, 1 or 2"
         )
-    needs_reward_model = build_rewards(config.judge).needs_model or config.rlhf.uses_critic
-    if needs_reward_model and 2 not in config.steps:
+    needs_reward_model = build_rewards(config.judge).needs_model
+    if needs_reward_model and not will_train(run, 2):
         run.trained_reward_model()
+    check_scorer(run, needs_reward_model)
+    if config.rlhf.ptx_coef and 2 in config.steps and 1 not in config.steps:
+        source = planned_policy(run)
+        run.load_data("sft", source, run.tokenizer(source))  # read now, not after step 2
     if config.judge.unseen_judge != "none":
         build_judge(config.judge.unseen_judge, config.seed)
+
+
+def check_scorer(run: Run, needs_reward_model: bool) -> None:
+    """Reward model and critic are given the policy's tokens: they must mean the same to them, and
+    fit into their context.
+    """
+    if not needs_reward_model and not run.config.rlhf.uses_critic:
+        return
+    scorer = planned_scorer(run, needs_reward_model)
+    if scorer is None:  # the policy itself
+        return
+    policy = planned_policy(run)
+    check_same_tokens(run, policy, scorer)
+    check_context(run, policy, scorer)
+
+
+def will_train(run: Run, step: int) -> bool:
+    return step in run.config.steps and not run.finished(step)
+
+
+def planned_policy(run: Run) -> str:
+    """What steps 2 and 3 start from, or what step 1 will make that from."""
+    return run.policy_source("sft" if will_train(run, 1) else "rlhf")
+
+
+def planned_scorer(run: Run, needs_reward_model: bool) -> str | None:
+    """The model of step 3's scores and values, or what step 2 will make it from; None if that is
+    the policy.
+    """
+    if not will_train(run, 2):
+        return run.critic_source(needs_reward_model)
+    return run.reward_source() if run.config.model.reward_model else None
+
+
+def check_same_tokens(run: Run, policy: str, scorer: str) -> None:
+    ours, theirs = (run.tokenizer(source).get_vocab() for source in (policy, scorer))
+    if ours != theirs:
+        differ = len({token for token, _ in ours.items() ^ theirs.items()})
+        raise UserError(
+            f"{scorer} has another tokenizer than the policy {policy} ({differ} tokens differ), "
+            "whose tokens it would be given; take a reward model with the policy's tokenizer"
+        )
+
+
+def check_context(run: Run, policy: str, scorer: str) -> None:
+    config = run.config
+    longest = config.data.max_prompt_tokens + config.rlhf.generation.max_new_tokens
+    needed, context = min(longest, context_of(policy)), context_of(scorer)
+    if context < needed:
+        raise UserError(
+            f"{scorer} reads {context} tokens at most, and sequences of the policy {policy} may "
+            f"have {needed}; lower data.max_prompt_tokens or rlhf.generation.max_new_tokens, or "
+            "take a reward model with more context"
+        )
 
 
 def check_dtype(config: RunConfig) -> None:

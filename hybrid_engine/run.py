@@ -78,10 +78,6 @@ class Run:
         fine_tuned = self.output / "sft"
         if stage != "sft" and fine_tuned.is_dir():
             return str(fine_tuned)
-        if stage != "sft":
-            self.reporter.note(
-                f"{fine_tuned} does not exist: {stage} starts from {self.config.model.actor_model}"
-            )
         return self.resolve(self.config.model.actor_model)
 
     def reward_source(self) -> str:
@@ -93,17 +89,38 @@ class Run:
         """The reward model of step 2, or the one that the user brings.
 
         Raises:
-            UserError: neither exists.
+            UserError: neither exists, or the user's has no trained head.
         """
+        from hybrid_engine.models.checkpoint_files import locate
+        from hybrid_engine.rewards.model_reward import check_has_score
+
+        source = self._reward_model_at_hand()
+        if source is None:
+            raise UserError(
+                f"step 3 needs a reward model and {self.output / 'reward'} does not exist: run "
+                "step 2 first (--steps 2 3), or give a trained one with --reward-model"
+            )
+        check_has_score(
+            locate(source),
+            f"reward model {source}",
+            "train it in step 2 first (--steps 2 3), or give a trained one with --reward-model",
+        )
+        return source
+
+    def critic_source(self, needs_reward_model: bool) -> str:
+        """What the value model starts from: the reward model where one scores the answers. Where
+        other rewards do, any model serves, if need be the policy with a new head.
+        """
+        if needs_reward_model:
+            return self.trained_reward_model()
+        return self._reward_model_at_hand() or self.policy_source("rlhf")
+
+    def _reward_model_at_hand(self) -> str | None:
         trained = self.output / "reward"
         if trained.is_dir():
             return str(trained)
-        if self.config.model.reward_model:
-            return self.resolve(self.config.model.reward_model)
-        raise UserError(
-            f"step 3 needs a reward model and {trained} does not exist: run step 2 first "
-            "(--steps 2 3), or give a trained one with --reward-model"
-        )
+        named = self.config.model.reward_model
+        return self.resolve(named) if named else None
 
     def resolve(self, name: str) -> str:
         if name != "demo":
@@ -118,7 +135,9 @@ class Run:
         from hybrid_engine.models import load_causal_lm
 
         model = self.config.model
-        policy = load_causal_lm(source, model.dtype, self._lora(), model.trainable_layers)
+        policy = load_causal_lm(
+            source, model.dtype, self._lora(), model.trainable_layers, self.config.seed
+        )
         policy.gradient_checkpointing = model.gradient_checkpointing
         return policy
 
@@ -177,12 +196,10 @@ class Run:
 
     def _check_context(self, source: str) -> None:
         """A row that is too long for the model must not come up in the middle of training."""
-        from hybrid_engine.models.checkpoint_files import locate
-        from hybrid_engine.models.checkpoint_io import read_config
+        from hybrid_engine.models.checkpoint_io import context_of
 
-        config = read_config(locate(source)).get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
-        if context is not None and self.config.data.max_length > context:
+        context = context_of(source)
+        if self.config.data.max_length > context:
             raise UserError(
                 f"data.max_length ({self.config.data.max_length}) is more than the model's context "
                 f"of {context} tokens; lower it"

@@ -96,6 +96,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def architectures(directory: Path) -> list[str]:
+    """The classes that the directory's config.json names; none where it is silent."""
+    return read_json(directory / CONFIG).get("architectures") or []
+
+
+def has_score_head(directory: Path) -> bool:
+    """Whether the directory calls itself a classifier: a reward or value model with its head."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures(directory))
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a model came from: what ``save_model`` must hand on unchanged."""

@@ -17,6 +17,7 @@ from .checkpoint_files import (
     CONFIG,
     ShardReader,
     Source,
+    has_score_head,
     locate,
     open_shard,
     read_json,
@@ -99,6 +100,12 @@ def read_config(directory: Path) -> Any:
     except Exception as error:  # transformers' validators raise many types
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{directory / CONFIG}: transformers refuses it ({reason})") from error
+
+
+def context_of(path: str | Path) -> float:
+    """Longest sequence of the model at a directory or hub name; infinite where it states none."""
+    config = read_config(locate(path)).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -236,7 +243,7 @@ class _Loader:
 
     def _check_complete(self) -> None:
         missing = [name for name in self.slots if name not in self.loaded]
-        if SCORE in missing and not self._is_classifier():
+        if SCORE in missing and not has_score_head(self.directory):
             missing.remove(SCORE)  # a causal model: the fresh head stays
         if missing:
             raise UserError(
@@ -248,10 +255,6 @@ class _Loader:
                 f"{self.directory}: the weight files hold {_listed(self.unexpected)}, "
                 f"for which {CONFIG} implies no place; is it another kind of model?"
             )
-
-    def _is_classifier(self) -> bool:
-        declared = read_json(self.directory / CONFIG).get("architectures") or []
-        return any(name.endswith("ForSequenceClassification") for name in declared)
 
 
 def _listed(names: list[str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hybrid_engine.errors import UserError
 from hybrid_kernels import ops
 
-from .checkpoint_files import GENERATION_CONFIG, Source
+from .checkpoint_files import GENERATION_CONFIG, Source, has_score_head
 from .heads import TokenScores
 from .packing import PackedBatch, unpack
 from .tokenizers import scoring_pad_token, write_tokenizer
@@ -130,6 +130,8 @@ def load_scalar_model(
     if not isinstance(getattr(hf_model, "score", None), nn.Linear):
         raise UserError(f"{directory}: {type(hf_model).__name__} has no linear 'score' head")
     if "score.weight" in report["missing_keys"]:
+        if has_score_head(directory):
+            raise UserError(f"{directory}: the weight files lack score.weight")
         init_score(hf_model.score.weight, seed)
     source = Source.read(directory)
     hf_model.config.pad_token_id = scoring_pad_token(source.config, directory, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +26,11 @@ class ModelReward:
             load_tokenizer,
         )  # slow to import, and not always needed
 
-        check_has_score(directory)
+        check_has_score(
+            directory,
+            f"reward {str(directory)!r}",
+            "give the directory of a reward model, such as OUTPUT/reward",
+        )
         self.name = directory.resolve().name
         self._source = repr(str(directory))
         self._device = device
@@ -61,20 +64,19 @@ class ModelReward:
         return tokens
 
 
-def check_has_score(directory: Path) -> None:
-    config = directory / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"reward {str(directory)!r}: no config.json in this directory; give a reward model's "
-            "directory"
-        )
-    names = json.loads(config.read_text()).get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in names):
-        raise UserError(
-            f"reward {str(directory)!r} is a {', '.join(names) or 'model of unknown kind'} "
-            "without a score head; "
-            "give the directory of a reward model, such as OUTPUT/reward"
-        )
+def check_has_score(directory: Path, subject: str, advice: str) -> None:
+    """Refuses a directory whose scores would be those of a new, random head.
+
+    Raises:
+        UserError: `subject` (who names the directory), what is there, and `advice`.
+    """
+    from hybrid_engine.models.checkpoint_files import CONFIG, architectures, has_score_head
+
+    if not (directory / CONFIG).is_file():
+        raise UserError(f"{subject}: no {CONFIG} in this directory; {advice}")
+    if not has_score_head(directory):
+        kind = ", ".join(architectures(directory)) or "model of unknown kind"
+        raise UserError(f"{subject} is a {kind} without a score head; {advice}")
 
 
 def within_budget(sequences: list[list[int]], budget: int) -> Iterator[list[list[int]]]:

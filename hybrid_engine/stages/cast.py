@@ -13,6 +13,7 @@ from hybrid_engine.engine.hybrid import HybridEngine
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.models import (
     CausalLM,
+    ForeignScalarModel,
     PackedBatch,
     ScalarModel,
     TokenScores,
@@ -23,6 +24,7 @@ from hybrid_engine.models import (
     load_scalar_model,
     share_frozen_trunk,
 )
+from hybrid_engine.models.checkpoint_files import has_score_head, locate
 from hybrid_engine.run import Run
 
 STAGE = "rlhf"
@@ -79,11 +81,20 @@ class Cast:
             return self.policy(batch, rows, targets, temperature, trunk)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Optimizer steps of the whole of step 3: while the critic warms up, the actor makes none."""
+
+    actor: int
+    critic: int
+
+
 def assemble(
-    run: Run, source: str, tokenizer: Any, optimizer_steps: int, needs_reward_model: bool
+    run: Run, source: str, tokenizer: Any, steps: Schedule, needs_reward_model: bool
 ) -> Cast:
     """Loads the models of step 3 and hands the trained ones to DeepSpeed."""
     config = run.config
+    run.reporter.note(f"{STAGE}: the policy starts from {source}")
     actor = run.load_policy(source)
     reference = None if config.model.lora_r else run.load_frozen(load_causal_lm, source)
     original = None
@@ -91,9 +102,11 @@ def assemble(
         original = run.load_frozen(load_causal_lm, run.resolve(config.model.actor_model))
     critic = reward_model = None
     if config.rlhf.uses_critic:
-        critic = run.load_scalar(run.trained_reward_model())
+        critic = load_critic(run, run.critic_source(needs_reward_model))
     if needs_reward_model:
-        reward_model = run.load_frozen(load_scalar_model, run.trained_reward_model())
+        scorer = run.trained_reward_model()
+        run.reporter.note(f"{STAGE}: the reward model is {scorer}")
+        reward_model = run.load_frozen(load_scalar_model, scorer)
     everyone = [
         model for model in (actor, reference, critic, reward_model, original) if model is not None
     ]
@@ -101,20 +114,28 @@ def assemble(
     shared = 0
     if len(natives) == len(everyone) and run.zero_stage < 3:
         shared = share_frozen_trunk(natives)
-    policy = run.train_engine(actor, config.rlhf.actor_optimizer, optimizer_steps, "actor")
+    policy = run.train_engine(actor, config.rlhf.actor_optimizer, steps.actor, "actor")
     critic_engine = None
     if critic is not None:
         critic_engine = run.train_engine(
-            critic, config.rlhf.critic_optimizer, optimizer_steps, "critic"
+            critic, config.rlhf.critic_optimizer, steps.critic, "critic"
         )
     engine = HybridEngine(
         actor,
         tokenizer,
         policy,
         max_batch=config.rlhf.generation.max_batch,
+        kv_bytes=config.rlhf.generation.kv_bytes,
         score_tokens=config.rlhf.max_tokens_per_pass,
     )
     return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
+
+
+def load_critic(run: Run, source: str) -> ScalarModel | ForeignScalarModel:
+    """The value model, with a word on where its head comes from."""
+    head = "" if has_score_head(locate(source)) else ", with a new value head"
+    run.reporter.note(f"{STAGE}: the critic starts from {source}{head}")
+    return run.load_scalar(source)
 
 
 @contextmanager

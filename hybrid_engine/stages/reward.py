@@ -26,6 +26,7 @@ def train_reward(run: Run) -> None:
     """
     config = run.config.reward
     source = run.reward_source()
+    run.reporter.note(f"{STAGE}: starts from {source}")
     tokenizer = run.tokenizer(source)
     data = run.load_data(STAGE, source, tokenizer)
     batches = Batches(

@@ -23,7 +23,7 @@ from hybrid_engine.rl.kl import make_kl_controller
 from hybrid_engine.rl.metrics import Averages, explained_variance, response_statistics
 from hybrid_engine.rl.moments import moments_of
 from hybrid_engine.run import Run
-from hybrid_engine.stages.cast import STAGE, Cast, assemble, both_training
+from hybrid_engine.stages.cast import STAGE, Cast, Schedule, assemble, both_training
 from hybrid_engine.stages.heldout import Heldout, compare, measure, write_samples
 from hybrid_engine.stages.loop import Component, StageLoop, local_share
 from hybrid_engine.stages.scoring import Scored, Scorer
@@ -38,8 +38,12 @@ def train_rlhf(run: Run) -> None:
     data = run.load_data(STAGE, source, tokenizer)
     batches = prompt_batches(len(data.train), run.config)
     mix = build_rewards(run.config.judge)
-    optimizer_steps = len(batches) * config.epochs * config.minibatches
-    cast = assemble(run, source, tokenizer, optimizer_steps, mix.needs_model)
+    steps = optimizer_steps(len(batches), config)
+    # All data is read before the loop below forgets earlier results.
+    demonstrations = (
+        demonstration_batches(run, source, tokenizer, steps.actor) if config.ptx_coef else None
+    )
+    cast = assemble(run, source, tokenizer, steps, mix.needs_model)
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})
@@ -54,9 +58,6 @@ def train_rlhf(run: Run) -> None:
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
     loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
-    demonstrations = (
-        demonstration_batches(run, source, tokenizer, optimizer_steps) if config.ptx_coef else None
-    )
     updater = Updater(cast, config, demonstrations)
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
@@ -67,7 +68,8 @@ def train_rlhf(run: Run) -> None:
             )
             if ema is not None:
                 ema.update(cast.policy.local_parameters())
-            scorer.kl.update(values["kl"], len(indices) * config.generation.samples_per_prompt)
+            if trains_policy(iteration, config):
+                scorer.kl.update(values["kl"], len(indices) * config.generation.samples_per_prompt)
             if loop.due(config.eval_steps, iteration):
                 values |= {f"heldout_{name}": value for name, value in evaluate().means().items()}
             run.reporter.log(STAGE, iteration, values)
@@ -103,10 +105,28 @@ def iterate(
             hash_seed(run.config.seed, iteration),
             places,
             total,
-            train_policy=iteration > config.critic_warmup,
+            train_policy=trains_policy(iteration, config),
         )
     measured = rollout_metrics(rollout, scored, config)
     return rollout, scored, {**measured, "kl_coef": scorer.kl.coef, **updates}
+
+
+def trains_policy(iteration: int, config: PPOConfig) -> bool:
+    """Whether iteration 1, 2, ... comes after the critic's warm-up. Until then the KL is that of a
+    policy at rest, which says nothing about its penalty.
+    """
+    return iteration > config.critic_warmup
+
+
+def optimizer_steps(iterations: int, config: PPOConfig) -> Schedule:
+    """How many steps actor and critic make in all.
+
+    Raises:
+        UserError: the critic's warm-up takes all iterations.
+    """
+    config.check_policy_trains(iterations)
+    updates = config.epochs * config.minibatches
+    return Schedule((iterations - config.critic_warmup) * updates, iterations * updates)
 
 
 def prompt_batches(count: int, config: RunConfig) -> Batches:
@@ -160,6 +180,7 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
     averages.add("score_clip_fraction", scored.shaped.clipped, samples)
     averages.add("kl", scored.kl.sum(), samples)
     averages.add("kl_per_token", scored.kl.sum(), experience.num_tokens)
+    averages.add("kl_k3", scored.kl_k3.sum(), experience.num_tokens)
     averages.add(
         "rollout_entropy", math.fsum(map(math.fsum, rollout.entropies)), experience.num_tokens
     )

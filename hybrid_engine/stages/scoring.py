@@ -17,7 +17,7 @@ from hybrid_engine.rewards import RewardMix, RewardScores, Sample
 from hybrid_engine.rl.advantages import gae, per_token, whiten
 from hybrid_engine.rl.experience import Experience
 from hybrid_engine.rl.group import ESTIMATORS
-from hybrid_engine.rl.kl import FixedKL, k1
+from hybrid_engine.rl.kl import FixedKL, k1, k3
 from hybrid_engine.rl.moments import RunningMoments, moments_of
 from hybrid_engine.rl.padding import length_mask, spread
 from hybrid_engine.rl.rewards import ShapedScores, shape_scores, token_rewards
@@ -99,6 +99,8 @@ class Scored:
     shaped: ShapedScores
     kl: Tensor
     """k1 of each response, summed over its tokens: [B] nats."""
+    kl_k3: Tensor
+    """k3 likewise: the same expectation with less variance, for the report alone."""
 
 
 class Scorer:
@@ -141,7 +143,9 @@ class Scorer:
             returns=returns,
             trunks=models.trunks,
         )
-        return Scored(experience, raw, shaped, kl.sum(1))
+        return Scored(
+            experience, raw, shaped, kl.sum(1), (k3(old, models.ref_logprobs) * mask).sum(1)
+        )
 
     def _advantages(
         self, rewards: Tensor, values: Tensor | None, lengths: Tensor

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -116,6 +117,18 @@ def test_a_causal_source_gets_a_seeded_head(tmp_path: Path) -> None:
     heads = [model.hf_model.score.weight for model in models]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_classifier_whose_head_is_missing_gets_no_random_one(tmp_path: Path) -> None:
+    save_peer(AutoModelForSequenceClassification, neox(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="native decoder"),
+        pytest.raises(UserError, match=r"the weight files lack score\.weight"),
+    ):
+        load_scalar_model(tmp_path)
 
 
 def test_native_features_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
 import torch
 
+from hybrid_engine.config import KLConfig, OptimizerConfig
+from hybrid_engine.engine.optim import learning_rate
 from hybrid_engine.stages.update import Updater
 from tests.stages.runs import column, files, metrics
 
@@ -75,7 +78,8 @@ def test_a_tiny_kl_target_ends_the_epochs(trainer, prepared, tmp_path):
 def test_the_critic_may_learn_first(trainer, prepared, tmp_path):
     """While it does, the policy stays where it was: the third rollout is still the reference's."""
     output = shutil.copytree(prepared, tmp_path / "output")
-    trainer.having({"rlhf.critic_warmup": 2})(output, "--steps", "3")
+    warming = {"rlhf.critic_warmup": 2, "rlhf.kl.target": 6.0}
+    trainer.having(warming)(output, "--steps", "3")
     lines = metrics(output, "rlhf")
     assert [("policy_loss" in m, "value_loss" in m) for m in lines] == [
         (False, True),
@@ -84,6 +88,41 @@ def test_the_critic_may_learn_first(trainer, prepared, tmp_path):
     ]
     assert column(lines, "kl") == [0.0, 0.0, 0.0]
     assert lines[2]["first_log_ratio"] == 0.0
+    # Two minibatches an iteration: the policy's schedule is that of its own two steps.
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    assert lines[2]["actor_lr"] == learning_rate(1, 2, optimizer)
+    assert lines[2]["critic_lr"] == learning_rate(5, 6, optimizer)
+    # A policy at rest has no KL, which is no reason to make leaving cheaper.
+    assert column(lines, "kl_coef") == [KLConfig().coef] * 3
+
+
+def test_kl_by_k3_is_that_of_the_tokens(trainer, prepared, tmp_path, experiences):
+    output = shutil.copytree(prepared, tmp_path / "output")
+    trainer(output, "--steps", "3")
+    lines = metrics(output, "rlhf")
+    assert lines[0]["kl_k3"] == 0.0
+    assert lines[-1]["kl_k3"] > 0.0
+    for line, experience in zip(lines, experiences, strict=True):
+        d = (experience.old_logprobs - experience.ref_logprobs)[experience.mask].double()
+        wanted = float((torch.exp(-d) - 1 + d).mean())
+        assert line["kl_k3"] == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+
+
+def test_a_nan_is_not_agreement(trainer, prepared, tmp_path, monkeypatch):
+    """Of several passes one has a nan: the largest log ratio must not be that of the others."""
+    ratios = iter([0.0, math.nan, 0.0, *[0.0] * 100])
+    policy_pass = Updater._policy_pass
+
+    def disturbed(*args):
+        policy_pass(*args)
+        return next(ratios)
+
+    monkeypatch.setattr(Updater, "_policy_pass", disturbed)
+    output = shutil.copytree(prepared, tmp_path / "output")
+    trainer.having({"rlhf.max_tokens_per_pass": 32})(output, "--steps", "3")
+    first = [m["first_log_ratio"] for m in metrics(output, "rlhf")]
+    assert first[0] is None or math.isnan(first[0])
+    assert first[1:] == [0.0, 0.0]
 
 
 def test_without_movement_the_average_is_the_actor(trainer, prepared, tmp_path):

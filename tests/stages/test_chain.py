@@ -73,6 +73,33 @@ def test_results_are_not_trained_over_unasked(trainer, prepared, tmp_path, capsy
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_models_that_are_named_in_vain_are_warned_of(trainer, prepared, tmp_path, capsys):
+    """Step 3 starts from what OUTPUT holds, whatever else is named."""
+    output = shutil.copytree(prepared, tmp_path / "output")
+    other = shutil.copytree(trainer.model, tmp_path / "other")
+    capsys.readouterr()
+    flags = ["--steps", "3", "--reward-model", str(other)]
+    Trainer(other, trainer.data, trainer.settings)(output, *flags)
+    said = capsys.readouterr()
+    shown = said.out + said.err
+    assert f"--actor-model {other} is not what step 3 starts from: {output / 'sft'} is" in shown
+    assert f"there, made from {trainer.model};" in shown
+    assert f"--reward-model {other} is not what step 3 starts from: {output / 'reward'}" in shown
+    assert f"rlhf: the policy starts from {output / 'sft'}" in shown
+    assert f"rlhf: the reward model is {output / 'reward'}" in shown
+    assert f"rlhf: the critic starts from {output / 'reward'}\n" in shown
+
+
+def test_the_models_of_the_earlier_run_are_named_without_a_warning(
+    trainer, prepared, tmp_path, capsys
+):
+    output = shutil.copytree(prepared, tmp_path / "output")
+    capsys.readouterr()
+    trainer(output, "--steps", "3")
+    said = capsys.readouterr()
+    assert "is not what" not in said.out + said.err
+
+
 def test_resume_passes_over_finished_steps(trainer, prepared, trained, tmp_path, capsys):
     output = shutil.copytree(prepared, tmp_path / "output")
     trainer(output, "--resume", "--steps", "1", "2", "3")
@@ -128,10 +155,12 @@ def test_resume_and_overwrite_together_are_refused(trainer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", ["2", "3"])
-def test_a_step_alone_starts_from_the_named_models(trainer, tiny_model, tmp_path, steps, capsys):
-    reward = [] if steps == "2" else ["--reward-model", str(tiny_model)]
+def test_a_step_alone_starts_from_the_named_models(trainer, prepared, tmp_path, steps, capsys):
+    reward = [] if steps == "2" else ["--reward-model", str(prepared / "reward")]
+    capsys.readouterr()
     trainer(tmp_path, "--steps", steps, *reward)
-    assert "sft does not exist" in capsys.readouterr().out
+    started = "reward: starts" if steps == "2" else "rlhf: the policy starts"
+    assert f"{started} from {trainer.model}\n" in capsys.readouterr().out
 
 
 def test_one_pass_over_the_prompts_ends_with_a_short_rollout(trainer, prepared, tmp_path):

@@ -86,6 +86,56 @@ def reward_model_that_is_missing(trainer: Trainer, scratch: Path) -> tuple[Train
     return trainer, ["--steps", "1", "3"], "step 3 needs a reward model and"
 
 
+def reward_model_without_a_head(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """A language model would be given a random head, and PPO would maximise noise."""
+    shutil.rmtree(scratch / "output/reward")
+    wanted = f"reward model {trainer.model} is a LlamaForCausalLM without a score head; train it in"
+    return trainer, ["--steps", "3", "--reward-model", str(trainer.model)], wanted
+
+
+def other_tokenizer(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """Refused before step 1, though it shows in step 3 only."""
+    model = shutil.copytree(trainer.model, scratch / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    wanted = f"{model} has another tokenizer than the policy {trainer.model} (2 tokens differ)"
+    return trainer, ["--reward-model", str(model)], wanted
+
+
+def reward_model_of_short_context(
+    trainer: Trainer, scratch: Path
+) -> tuple[Trainer, list[str], str]:
+    """Prompts of 32 tokens and answers of 12."""
+    model = shutil.copytree(trainer.model, scratch / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 43}))
+    wanted = f"{model} reads 43 tokens at most, and sequences of the policy {trainer.model} may"
+    return trainer, ["--reward-model", str(model)], wanted
+
+
+def no_demonstrations(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """Bare prompts are enough for step 3, but not for the language-modelling loss."""
+    data = scratch / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"film {i} is"}) + "\n" for i in range(40)))
+    mixed = Trainer(trainer.model, data, {**trainer.settings, "rlhf.ptx_coef": 1.0})
+    return mixed, ["--steps", "3"], str(data)
+
+
+def demonstrations_that_step_2_would_wait_for(
+    trainer: Trainer, scratch: Path
+) -> tuple[Trainer, list[str], str]:
+    mixed, _, wanted = no_demonstrations(trainer, scratch)
+    return mixed, ["--steps", "2", "3"], wanted
+
+
+def too_long_a_warmup(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    """How many iterations one pass over the prompts takes is known once they are read."""
+    settings = {"rlhf.iterations": 0, "rlhf.critic_warmup": 30}
+    return trainer.having(settings), ["--steps", "3"], "leaves none of the"
+
+
 def half_precision_without_gpu(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
     return trainer.having({"dtype": "bfloat16"}), [], "generates with float32 weights on a CPU"
 
@@ -109,6 +159,12 @@ MISTAKES = [
     truncated_weights,
     missing_reward_file,
     reward_model_that_is_missing,
+    reward_model_without_a_head,
+    other_tokenizer,
+    reward_model_of_short_context,
+    no_demonstrations,
+    demonstrations_that_step_2_would_wait_for,
+    too_long_a_warmup,
     half_precision_without_gpu,
     bad_deepspeed_json,
 ]

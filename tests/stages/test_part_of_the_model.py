@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hybrid_engine.models import adapters_disabled, load_causal_lm, pack, response_rows
+from hybrid_engine.models import (
+    adapted_linears,
+    adapters_disabled,
+    load_causal_lm,
+    pack,
+    response_rows,
+)
 from hybrid_engine.stages import cast as cast_module
 from hybrid_engine.stages import rlhf
 from tests.stages.runs import check_close, column, files, metrics
@@ -97,6 +103,23 @@ def test_only_the_top_moves(trainer, tiny_model, tmp_path):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved
     assert all(name.startswith(("model.layers.1.", "model.norm.")) for name in moved)
+
+
+def test_adapters_follow_the_seed(trainer, tmp_path, casts):
+    adapted = trainer.having({"model.lora_r": 4, "sft.max_steps": 1, "reward.max_steps": 1})
+    for seed in ("0", "1"):
+        adapted.having({"rlhf.iterations": 1, "seed": seed})(tmp_path / seed)
+    first, second = ({n: m.lora_a for n, m in adapted_linears(cast.actor.model)} for cast in casts)
+    assert not any(torch.allclose(first[name], second[name], atol=0.01) for name in first)
+
+
+def test_a_bounded_cache_changes_no_bit(trainer, trained, tmp_path, casts):
+    """Two blocks of 64 tokens: two sequences at a time, the others wait."""
+    bounded = trainer.having({"rlhf.generation.kv_bytes": 2 * 32768})
+    output = bounded(tmp_path / "output")
+    assert casts[0].actor.kv_bytes == 2 * 32768
+    assert metrics(output) == metrics(trained)
+    assert files(output) == files(trained)
 
 
 def test_both_at_once_are_refused(trainer, tmp_path, capsys):

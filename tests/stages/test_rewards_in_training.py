@@ -58,6 +58,25 @@ def test_a_reward_function_needs_no_step_2(trainer, tmp_path, rewards):
     assert sum(lengths[-2:]) < 0.8 * sum(lengths[:2])  # short answers were asked for
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_other_rewards_let_the_critic_start_from_a_language_model(
+    trainer, prepared, tmp_path, rewards, capsys, named
+):
+    """With a new value head, and with a word about it; the scores do not come from that head."""
+    output = shutil.copytree(prepared, tmp_path / "output")
+    shutil.rmtree(output / "reward")
+    flags = ["--reward-model", str(trainer.model)] if named else []
+    capsys.readouterr()
+    trainer.having({"judge.rewards": f"{rewards}:length"})(output, "--steps", "3", *flags)
+    source = trainer.model if named else output / "sft"
+    shown = capsys.readouterr().out
+    assert f"rlhf: the policy starts from {output / 'sft'}" in shown
+    assert f"rlhf: the critic starts from {source}, with a new value head" in shown
+    lines = metrics(output, "rlhf")
+    assert all(line["reward"] == line["response_length"] for line in lines)
+    assert all("value_loss" in line for line in lines)
+
+
 def make_foreign_model(directory: Path, family: str) -> Path:
     tokenizer = make_tiny_tokenizer(pad_is_eos=False)
     special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
