@@ -43,7 +43,8 @@ def uninterrupted(stateful: Trainer, tmp_path_factory: pytest.TempPathFactory):
 def test_the_run_moves_all_of_its_state(uninterrupted):
     """Otherwise the comparisons below would show nothing."""
     lines = metrics(uninterrupted, "rlhf")
-    assert len({line["kl_coef"] for line in lines}) == len(lines)
+    # The first iteration warms the critic up, and leaves the coefficient alone.
+    assert len({line["kl_coef"] for line in lines[1:]}) == len(lines) - 1
     assert {line["epochs"] for line in lines} == {1, 2}
     assert all("ptx_loss" in line for line in lines[1:])
     assert "policy_loss" not in lines[0]
