@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from hybrid_engine.config import DataConfig, OptimizerConfig, PPOConfig, RunConfig
+from hybrid_engine.config.options import in_words, lies_within
 from hybrid_engine.errors import UserError
 from hybrid_engine.fields import build, settings
-from hybrid_engine.options import in_words, lies_within
 
 
 def refusal(values: dict[str, Any]) -> str:
