@@ -127,11 +127,12 @@ def loss_curve(stage: int, model: str, steps: int = 6) -> list[float]:
     engine = TrainEngine(
         load_causal_lm(model), config, steps, {"zero_optimization": {"stage": stage}}
     )
+    mine = sequences[rank() :: world_size()]
     targets = sum(lengths) - len(lengths)
     curve = []
     for _ in range(steps):
         total = 0.0
-        for part in passes(sequences[rank() :: world_size()], [1] * 4, max_tokens=10):
+        for part in passes(mine, [1] * len(mine), max_tokens=10):
             nll = -engine(part.batch, part.rows, part.targets).logprobs.sum()
             engine.backward(nll, targets)
             total += float(nll.detach())
