@@ -25,8 +25,9 @@ struct Pass {
   std::vector<int64_t> logit_rows;  // ascending: rows whose next token is wanted
 
   void clear();
-  // Appends tokens[start, start + rows) of a sequence whose first `start` tokens are in the cache.
-  void add(const int64_t* tokens, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, bool want_logits);
+  // Appends `rows` tokens of a sequence whose first `start` tokens are in the cache. The next token is wanted of the
+  // last `logits` rows.
+  void add(const int64_t* tokens, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, int64_t logits);
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
 };
 
@@ -36,8 +37,11 @@ class Forward {
   Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
           int64_t max_logit_rows);
 
-  // Appends the rows to the cache and returns logits [logit_rows, vocab], valid until the next call.
-  float* logits(const Pass& pass);
+  // Appends the rows to the cache, and keeps the hidden states of the pass's logit rows for logits().
+  void run(const Pass& pass);
+  // Logits [count, vocab] of the pass's logit rows [first, first + count), valid until the next call; each row once.
+  float* logits(int64_t first, int64_t count);
+  int64_t max_logit_rows() const { return max_logit_rows_; }
   int64_t vocab_size() const { return spec_.vocab_size; }
   int64_t scratch_bytes() const;
 
@@ -50,7 +54,7 @@ class Forward {
   void rotate(const Pass& pass);
   void attend(const Pass& pass, int64_t layer);
   void mlp(const BlockWeights& block, const float* x, int64_t rows);
-  float* head(const std::vector<int64_t>& logit_rows);
+  void gather(const std::vector<int64_t>& logit_rows);
   void linear_layer(const LinearWeights& linear, const float* x, int64_t rows, float* y);
   // y = norm(x + residual), residual += x; without a residual y = norm(x).
   void norm(const NormWeights& weights, float* x, float* residual, float* y, int64_t rows);
@@ -61,6 +65,7 @@ class Forward {
   // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
   FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
   FloatBuffer logits_;  // [max_logit_rows, vocab]
+  int64_t max_logit_rows_;
 };
 
 }  // namespace hybrid
