@@ -20,9 +20,7 @@ def least(requests: list[Request]) -> int:
     return max(r.native().least_blocks for r in requests)
 
 
-def run_with_enough(
-    requests: list[Request], max_batch: int, max_prefill_rows: int = 512
-) -> Trace:
+def run_with_enough(requests: list[Request], max_batch: int, max_prefill_rows: int = 512) -> Trace:
     return play(requests, max_batch, max_prefill_rows, enough(requests, max_batch))
 
 
