@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <stdexcept>
 
@@ -207,11 +208,22 @@ class BoundProgram {
       result = program_.generate(request, std::ref(heartbeat));
     }
     py::dict dict = result_to_dict(result);
+    declare_memory(dict["counters"], result.counters);
     if (result.interruption) rethrow_with(result.interruption, dict);
     return dict;
   }
 
  private:
+  // Everything that the rollout read and wrote, were it alone in the process.
+  void declare_memory(const py::dict& counters, const GenerateCounters& counted) const {
+    std::map<const void*, int64_t> storages;  // a tied head is there once
+    for (const auto& [name, tensor] : tensors_) storages[tensor.const_data_ptr()] = static_cast<int64_t>(tensor.nbytes());
+    int64_t weights = 0;
+    for (const auto& [pointer, bytes] : storages) weights += bytes;
+    counters["weight_bytes"] = weights;
+    counters["declared_bytes"] = weights + counted.peak_blocks * counted.block_bytes + counted.scratch_bytes;
+  }
+
   void refuse_while_running(const char* what) const {
     if (running_) throw std::runtime_error(std::string("DecodeProgram.") + what + ": generate() is running");
   }

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
+#include "common/kernel_memory.h"
 #include "common/parallel.h"
 
 namespace hybrid {
@@ -236,10 +238,13 @@ void require_at_least(int64_t least, int64_t value, const char* name) {
 // Rows of logits at a time: the head is near its full rate, and a vocabulary of 50,000 takes 25 MB.
 constexpr int64_t kHeadRows = 128;
 
-// All rows that prompts, drafts and preempted samples can have in one pass.
-int64_t rows_beyond_decoding(const std::vector<PromptRequest>& queue) {
+// The most rows beyond those of decoding samples that one pass can have.
+int64_t rows_beyond_decoding(const std::vector<PromptRequest>& queue, bool may_preempt) {
   int64_t rows = 0;
-  for (const PromptRequest& prompt : queue) rows += prompt.samples * (prompt.prompt_length + prompt.max_new);
+  for (const PromptRequest& prompt : queue) {
+    rows += prompt.prompt_length + std::accumulate(prompt.drafts.begin(), prompt.drafts.end(), int64_t{0});
+    if (may_preempt) rows += prompt.samples * (prompt.prompt_length + prompt.max_new);
+  }
   return rows;
 }
 
@@ -352,7 +357,8 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
                          }};
   const auto samples = static_cast<int64_t>(request.sample_ids.size());
   const int64_t batch = std::min(request.max_batch, samples);
-  const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue));
+  const bool may_preempt = blocks < Scheduler::enough_blocks(queue, request.max_batch);
+  const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
   const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
   Forward forward(spec_, *weights_, arena, prefill_rows + batch, logit_rows);
@@ -360,7 +366,7 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
   result.counters.block_bytes = KvArena::block_bytes(arena.layout(), spec_.num_layers);
   result.counters.arena_blocks = blocks;
   result.counters.peak_blocks = pool.peak_used();
-  result.counters.scratch_bytes = forward.scratch_bytes();
+  result.counters.scratch_bytes = forward.scratch_bytes() + kernel_memory_bytes;
   return result;
 }
 

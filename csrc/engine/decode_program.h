@@ -55,7 +55,8 @@ struct GenerateCounters {
   // A pass with both kinds of rows counts to each by its share of the rows.
   double prefill_seconds = 0, decode_seconds = 0;
   double sampling_seconds = 0;
-  int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0, scratch_bytes = 0;
+  int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0;
+  int64_t scratch_bytes = 0;  // activations of a pass, and what kernels keep in all threads
 };
 
 struct GenerateResult {

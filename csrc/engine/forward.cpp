@@ -13,7 +13,6 @@ namespace hybrid {
 void Pass::clear() {
   tokens.clear();
   positions.clear();
-  slots.clear();
   sequences.clear();
   logit_rows.clear();
 }
@@ -22,7 +21,6 @@ void Pass::add(const int64_t* ids, int64_t start, int64_t rows, const std::vecto
   for (int64_t position = start; position < start + rows; ++position) {
     tokens.push_back(ids[position - start]);
     positions.push_back(static_cast<int32_t>(position));
-    slots.push_back(blocks[position / kKvTile] * kKvTile + position % kKvTile);
   }
   sequences.push_back({rows, start + rows, &blocks});
   for (int64_t row = this->rows() - logits; row < this->rows(); ++row) logit_rows.push_back(row);
@@ -55,6 +53,7 @@ int64_t Forward::scratch_bytes() const {
 }
 
 void Forward::run(const Pass& pass) {
+  find_slots(pass);
   embed(pass);
   for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
     if (spec_.post_norm) {
@@ -64,6 +63,15 @@ void Forward::run(const Pass& pass) {
     }
   }
   gather(pass.logit_rows);
+}
+
+void Forward::find_slots(const Pass& pass) {
+  slots_.clear();
+  for (const Pass::Sequence& sequence : pass.sequences) {
+    for (int64_t place = sequence.kv_len - sequence.rows; place < sequence.kv_len; ++place) {
+      slots_.push_back(cache_.kernel_block((*sequence.blocks)[place / kKvTile]) * kKvTile + place % kKvTile);
+    }
+  }
 }
 
 void Forward::embed(const Pass& pass) {
@@ -111,7 +119,7 @@ void Forward::attention(const Pass& pass, int64_t layer, const float* x) {
   if (spec_.positions == PositionKind::kRotary) rotate(pass);
   const float* keys = qkv_.data() + spec_.q_size();
   const float* values = keys + spec_.kv_size();
-  kv_append(keys, values, spec_.qkv_size(), pass.rows(), pass.slots.data(), cache_.layout(), cache_.layer(layer));
+  kv_append(keys, values, spec_.qkv_size(), pass.rows(), slots_.data(), cache_.layout(), cache_.layer(layer));
   attend(pass, layer);
   linear_layer(block.attn_out, attended_.data(), pass.rows(), delta_.data());
 }
@@ -158,7 +166,7 @@ void Forward::attend(const Pass& pass, int64_t layer) {
   for (const Pass::Sequence& sequence : pass.sequences) {
     const KvTiles kv{keys.data() + tile, values.data() + tile, layout.head_stride(), layout.head_dim};
     for (int64_t i = 0; i < blocks_for(sequence.kv_len); ++i, ++tile) {
-      keys[tile] = cache_.layer(layer) + (*sequence.blocks)[i] * layout.block_stride();
+      keys[tile] = cache_.layer(layer) + cache_.kernel_block((*sequence.blocks)[i]) * layout.block_stride();
       values[tile] = keys[tile] + layout.v_offset();
     }
     sequences.push_back({qkv_.data() + row * spec_.qkv_size(), attended_.data() + row * spec_.q_size(), nullptr,

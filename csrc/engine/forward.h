@@ -20,7 +20,6 @@ struct Pass {
   };
   std::vector<int64_t> tokens;
   std::vector<int32_t> positions;
-  std::vector<int64_t> slots;  // where each row's key and value go
   std::vector<Sequence> sequences;
   std::vector<int64_t> logit_rows;  // ascending: rows whose next token is wanted
 
@@ -46,6 +45,7 @@ class Forward {
   int64_t scratch_bytes() const;
 
  private:
+  void find_slots(const Pass& pass);
   void embed(const Pass& pass);
   void block_pre_norm(const Pass& pass, int64_t layer);
   void block_post_norm(const Pass& pass, int64_t layer);
@@ -62,6 +62,7 @@ class Forward {
   const DecoderSpec& spec_;
   const ModelWeights& weights_;
   KvArena& cache_;
+  std::vector<int64_t> slots_;  // where each row's key and value go, in any layer
   // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
   FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
   FloatBuffer logits_;  // [max_logit_rows, vocab]
