@@ -32,10 +32,9 @@ HYBRID_HD inline Philox4 philox(uint64_t seed, uint64_t sample, uint32_t positio
   return {{c0, c1, c2, c3}};
 }
 
-// A uniform double in (0, 1) with 52 random bits: never 0, never 1.
-HYBRID_HD inline double philox_uniform(uint64_t seed, uint64_t sample, uint32_t position) {
-  const Philox4 r = philox(seed, sample, position, 0);
-  const uint64_t bits = ((uint64_t{r.word[0]} << 32) | r.word[1]) >> 12;  // 52 bits
+// One of two uniform doubles in (0, 1) with 52 random bits: never 0, never 1.
+HYBRID_HD inline double uniform_of(const Philox4& random, int which) {
+  const uint64_t bits = ((uint64_t{random.word[2 * which]} << 32) | random.word[2 * which + 1]) >> 12;  // 52 bits
   return (static_cast<double>(bits) + 0.5) * 0x1.0p-52;
 }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <stdexcept>
 
@@ -102,19 +103,22 @@ at::Tensor offsets_of(const std::vector<Response>& responses) {
 
 py::dict counters_to_dict(const GenerateCounters& counters) {
   using namespace py::literals;
-  return py::dict("prefill_tokens"_a = counters.prefill_tokens, "prefill_passes"_a = counters.prefill_passes,
-                  "decode_steps"_a = counters.decode_steps, "decode_tokens"_a = counters.decode_tokens,
-                  "prefill_seconds"_a = counters.prefill_seconds, "decode_seconds"_a = counters.decode_seconds,
-                  "sampling_seconds"_a = counters.sampling_seconds, "block_bytes"_a = counters.block_bytes,
-                  "arena_blocks"_a = counters.arena_blocks, "peak_blocks"_a = counters.peak_blocks,
-                  "scratch_bytes"_a = counters.scratch_bytes);
+  return py::dict("passes"_a = counters.passes, "prefill_passes"_a = counters.prefill_passes,
+                  "decode_steps"_a = counters.decode_steps, "prefill_tokens"_a = counters.prefill_tokens,
+                  "recomputed_tokens"_a = counters.recomputed_tokens, "decode_tokens"_a = counters.decode_tokens,
+                  "draft_tokens"_a = counters.draft_tokens, "draft_accepted"_a = counters.draft_accepted,
+                  "preemptions"_a = counters.preemptions, "prefill_seconds"_a = counters.prefill_seconds,
+                  "decode_seconds"_a = counters.decode_seconds, "sampling_seconds"_a = counters.sampling_seconds,
+                  "block_bytes"_a = counters.block_bytes, "arena_blocks"_a = counters.arena_blocks,
+                  "peak_blocks"_a = counters.peak_blocks, "scratch_bytes"_a = counters.scratch_bytes);
 }
 
 py::dict result_to_dict(const GenerateResult& result) {
   using namespace py::literals;
   const std::vector<Response>& responses = result.responses;
   py::list reasons;
-  for (const Response& response : responses) reasons.append(response.reason == FinishReason::kStop ? "stop" : "length");
+  constexpr const char* kReasons[] = {"unfinished", "stop", "length"};
+  for (const Response& response : responses) reasons.append(kReasons[static_cast<int>(response.reason)]);
   return py::dict("tokens"_a = flatten<int64_t>(responses, &Response::tokens, at::kLong),
                   "logprobs"_a = flatten<float>(responses, &Response::logprobs, at::kFloat),
                   "entropies"_a = flatten<float>(responses, &Response::entropies, at::kFloat),
@@ -136,21 +140,29 @@ class Heartbeat {
       for (const DrawnToken& drawn : progress.drawn) on_token_(drawn.sample, drawn.token);
     }
     const auto now = Clock::now();
-    const bool last = progress.done == progress.total;
-    if (now < next_signal_check_ && !last) return;
+    if (now < next_beat_ && progress.done < progress.total) return;
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    next_signal_check_ = now + std::chrono::milliseconds(50);
-    if (on_progress_.is_none() || (now < next_report_ && !last)) return;
-    on_progress_(progress.done, progress.total, progress.tokens);
-    next_report_ = now + std::chrono::milliseconds(200);
+    if (!on_progress_.is_none()) on_progress_(progress.done, progress.total, progress.tokens);
+    next_beat_ = Clock::now() + kBeat;
   }
 
  private:
   using Clock = std::chrono::steady_clock;
+  static constexpr auto kBeat = std::chrono::milliseconds(50);
   py::object on_progress_, on_token_;
-  Clock::time_point next_signal_check_{}, next_report_{};
+  Clock::time_point next_beat_{};
 };
+
+// Throws what interrupted the call. A Python exception gets what was done until then as its attribute `partial`.
+[[noreturn]] void rethrow_with(const std::exception_ptr& interruption, const py::dict& partial) {
+  try {
+    std::rethrow_exception(interruption);
+  } catch (py::error_already_set& error) {
+    error.value().attr("partial") = partial;
+    throw;
+  }
+}
 
 // DecodeProgram with the tensors that its pointers belong to.
 class BoundProgram {
@@ -195,10 +207,23 @@ class BoundProgram {
       const py::gil_scoped_release no_gil;
       result = program_.generate(request, std::ref(heartbeat));
     }
-    return result_to_dict(result);
+    py::dict dict = result_to_dict(result);
+    declare_memory(dict["counters"], result.counters);
+    if (result.interruption) rethrow_with(result.interruption, dict);
+    return dict;
   }
 
  private:
+  // Everything that the rollout read and wrote, were it alone in the process.
+  void declare_memory(const py::dict& counters, const GenerateCounters& counted) const {
+    std::map<const void*, int64_t> storages;  // a tied head is there once
+    for (const auto& [name, tensor] : tensors_) storages[tensor.const_data_ptr()] = static_cast<int64_t>(tensor.nbytes());
+    int64_t weights = 0;
+    for (const auto& [pointer, bytes] : storages) weights += bytes;
+    counters["weight_bytes"] = weights;
+    counters["declared_bytes"] = weights + counted.peak_blocks * counted.block_bytes + counted.scratch_bytes;
+  }
+
   void refuse_while_running(const char* what) const {
     if (running_) throw std::runtime_error(std::string("DecodeProgram.") + what + ": generate() is running");
   }
@@ -219,30 +244,37 @@ void register_program(py::module_& m) {
       .def(
           "generate",
           [](BoundProgram& program, std::vector<std::vector<int64_t>> prompts, int64_t samples_per_prompt,
-             int64_t max_new_tokens, float temperature, int64_t top_k, float top_p, uint64_t seed,
-             std::vector<uint64_t> sample_ids, std::vector<int64_t> stop_tokens, std::vector<double> expected_new,
-             int64_t max_batch, int64_t max_prefill_rows, int64_t kv_bytes, bool keep_cache, bool poison_freed_blocks,
+             int64_t max_new_tokens, std::vector<int64_t> prompt_max_new, float temperature, int64_t top_k, float top_p,
+             uint64_t seed, std::vector<uint64_t> sample_ids, std::vector<int64_t> stop_tokens,
+             std::vector<double> expected_new, std::vector<std::vector<int64_t>> drafts, int64_t max_batch,
+             int64_t max_prefill_rows, int64_t kv_bytes, bool keep_cache, bool poison_freed_blocks,
              py::object on_progress, py::object on_token) {
-            return program.generate({std::move(prompts),
-                                     {temperature, top_k, top_p, seed},
-                                     samples_per_prompt,
-                                     max_new_tokens,
-                                     std::move(stop_tokens),
-                                     std::move(sample_ids),
-                                     std::move(expected_new),
-                                     max_batch,
-                                     max_prefill_rows,
-                                     kv_bytes,
-                                     keep_cache,
-                                     poison_freed_blocks},
-                                    std::move(on_progress), std::move(on_token));
+            GenerateRequest request;
+            request.prompts = std::move(prompts);
+            request.rule = {temperature, top_k, top_p, seed};
+            request.samples_per_prompt = samples_per_prompt;
+            request.max_new_tokens = max_new_tokens;
+            request.prompt_max_new = std::move(prompt_max_new);
+            request.stop_tokens = std::move(stop_tokens);
+            request.sample_ids = std::move(sample_ids);
+            request.expected_new = std::move(expected_new);
+            request.drafts = std::move(drafts);
+            request.max_batch = max_batch;
+            request.max_prefill_rows = max_prefill_rows;
+            request.kv_bytes = kv_bytes;
+            request.keep_cache = keep_cache;
+            request.poison_freed_blocks = poison_freed_blocks;
+            return program.generate(std::move(request), std::move(on_progress), std::move(on_token));
           },
           py::arg("prompts"), py::kw_only(), py::arg("samples_per_prompt"), py::arg("max_new_tokens"),
-          py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("seed"), py::arg("sample_ids"),
-          py::arg("stop_tokens"), py::arg("expected_new") = std::vector<double>{}, py::arg("max_batch") = 64,
-          py::arg("max_prefill_rows") = 512, py::arg("kv_bytes") = 0, py::arg("keep_cache") = false,
-          py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(), py::arg("on_token") = py::none(),
-          "Returns flat per-token tensors with offsets [samples + 1], finish_reasons and counters.");
+          py::arg("prompt_max_new") = std::vector<int64_t>{}, py::arg("temperature"), py::arg("top_k"),
+          py::arg("top_p"), py::arg("seed"), py::arg("sample_ids"), py::arg("stop_tokens"),
+          py::arg("expected_new") = std::vector<double>{}, py::arg("drafts") = std::vector<std::vector<int64_t>>{},
+          py::arg("max_batch") = 64, py::arg("max_prefill_rows") = 512, py::arg("kv_bytes") = 0,
+          py::arg("keep_cache") = false, py::arg("poison_freed_blocks") = false, py::arg("on_progress") = py::none(),
+          py::arg("on_token") = py::none(),
+          "Returns flat per-token tensors with offsets [samples + 1], finish_reasons and counters. An exception of a "
+          "callback or of Ctrl-C has them as its attribute `partial`, with unfinished responses.");
 }
 
 void register_scheduler(py::module_& m) {
@@ -256,20 +288,20 @@ void register_scheduler(py::module_& m) {
       .def_property_readonly("used", &KvBlockPool::used)
       .def_property_readonly("peak_used", &KvBlockPool::peak_used);
   py::class_<PromptRequest>(m, "PromptRequest")
-      .def(py::init<int64_t, int64_t, int64_t, double>(), py::arg("prompt_length"), py::arg("max_new"),
-           py::arg("samples"), py::arg("expected_new") = 0.0)
+      .def(py::init<int64_t, int64_t, int64_t, double, std::vector<int64_t>>(), py::arg("prompt_length"),
+           py::arg("max_new"), py::arg("samples"), py::arg("expected_new") = 0.0,
+           py::arg("drafts") = std::vector<int64_t>{})
       .def_property_readonly("least_blocks", &Scheduler::least_blocks);
-  py::class_<PrefillChunk>(m, "PrefillChunk")
-      .def_readonly("prompt", &PrefillChunk::prompt)
-      .def_readonly("start", &PrefillChunk::start)
-      .def_readonly("rows", &PrefillChunk::rows)
-      .def_readonly("completes", &PrefillChunk::completes)
-      .def_property_readonly("blocks", [](const PrefillChunk& chunk) { return *chunk.blocks; });
-  py::class_<LiveSample>(m, "LiveSample")
-      .def_readonly("sample", &LiveSample::sample)
-      .def_readonly("prompt", &LiveSample::prompt)
-      .def_readonly("kv_len", &LiveSample::kv_len)
-      .def_readonly("blocks", &LiveSample::blocks);
+  py::class_<PassItem>(m, "PassItem")
+      .def_readonly("prompt", &PassItem::prompt)
+      .def_readonly("sample", &PassItem::sample)
+      .def_readonly("start", &PassItem::start)
+      .def_readonly("rows", &PassItem::rows)
+      .def_readonly("first_draw", &PassItem::first_draw)
+      .def_readonly("recomputed", &PassItem::recomputed)
+      .def_property_readonly("blocks", [](const PassItem& item) { return *item.blocks; });
+  py::class_<Outcome>(m, "Outcome")
+      .def(py::init<int64_t, bool, bool>(), py::arg("tokens"), py::arg("finished"), py::arg("on_draft") = false);
   py::class_<Scheduler>(m, "Scheduler")
       .def(py::init([](std::vector<PromptRequest> queue, int64_t max_batch, int64_t max_prefill_rows, KvBlockPool& pool,
                        std::function<void(int32_t, int32_t)> copy, std::function<void(int32_t)> freed) {
@@ -278,13 +310,11 @@ void register_scheduler(py::module_& m) {
            }),
            py::arg("queue"), py::arg("max_batch"), py::arg("max_prefill_rows"), py::arg("pool"), py::arg("copy"),
            py::arg("freed"), py::keep_alive<1, 5>())
-      .def("next_prefill", &Scheduler::next_prefill)
-      .def("finish_prefill", &Scheduler::finish_prefill, py::arg("prompt"), py::arg("survivors"))
-      .def("prepare_decode", [](Scheduler& scheduler) { return scheduler.prepare_decode(); })
-      .def("finish_decode", &Scheduler::finish_decode, py::arg("finished"))
+      .def("next_pass", &Scheduler::next_pass)
+      .def("finish_pass", &Scheduler::finish_pass, py::arg("outcomes"))
       .def_property_readonly("done", &Scheduler::done)
-      .def_property_readonly("live", &Scheduler::live)
-      .def_property_readonly("promised", &Scheduler::promised)
+      .def_property_readonly("slots_taken", &Scheduler::slots_taken)
+      .def_property_readonly("preemptions", &Scheduler::preemptions)
       .def_static("enough_blocks", &Scheduler::enough_blocks, py::arg("queue"), py::arg("max_batch"));
 }
 

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
+#include "common/kernel_memory.h"
 #include "common/parallel.h"
 
 namespace hybrid {
@@ -32,81 +34,158 @@ class Rollout {
 
   GenerateResult run(const std::function<void(const Progress&)>& between_passes) {
     while (!scheduler_.done()) {
-      for (auto chunks = scheduler_.next_prefill(); !chunks.empty(); chunks = scheduler_.next_prefill()) {
-        prefill(chunks);
+      const std::vector<PassItem>& items = scheduler_.next_pass();
+      assemble(items);
+      run_forward(count(items));
+      draw();
+      scheduler_.finish_pass(keep(items));
+      try {
         between_passes(progress());
+      } catch (...) {
+        result_.interruption = std::current_exception();
+        break;
       }
-      if (scheduler_.done()) break;
-      if (scheduler_.live() == 0) throw std::logic_error("DecodeProgram: nothing is live and nothing can be admitted");
-      decode();
-      between_passes(progress());
     }
+    result_.counters.preemptions = scheduler_.preemptions();
     return std::move(result_);
   }
 
  private:
   struct Draw {
     int64_t logit_row, sample;
+    int64_t position;  // in the response
   };
 
-  void prefill(const std::vector<PrefillChunk>& chunks) {
+  void assemble(const std::vector<PassItem>& items) {
     pass_.clear();
     draws_.clear();
-    std::vector<int64_t> completed;
-    for (const PrefillChunk& chunk : chunks) {
-      pass_.add(request_.prompts[chunk.prompt].data() + chunk.start, chunk.start, chunk.rows, *chunk.blocks,
-                chunk.completes);
-      if (!chunk.completes) continue;
-      const int64_t n = request_.samples_per_prompt, row = static_cast<int64_t>(completed.size());
-      for (int64_t i = 0; i < n; ++i) draws_.push_back({row, chunk.prompt * n + i});
-      completed.push_back(chunk.prompt);
-    }
-    result_.counters.prefill_tokens += pass_.rows();
-    ++result_.counters.prefill_passes;
-    const std::vector<bool> finished = draw(run_forward(result_.counters.prefill_seconds));
-    size_t next = 0;
-    for (const int64_t prompt : completed) {
-      std::vector<int64_t> survivors;
-      for (int64_t i = 0; i < request_.samples_per_prompt; ++i, ++next) {
-        if (!finished[next]) survivors.push_back(draws_[next].sample);
+    const int64_t n = request_.samples_per_prompt;
+    for (const PassItem& item : items) {
+      tokens_of_rows_.clear();
+      for (int64_t place = item.start; place < item.start + item.rows; ++place) {
+        tokens_of_rows_.push_back(token_at(item, place));
       }
-      scheduler_.finish_prefill(prompt, survivors);
+      auto logit_row = static_cast<int64_t>(pass_.logit_rows.size());
+      pass_.add(tokens_of_rows_.data(), item.start, item.rows, *item.blocks, item.draws());
+      for (int64_t place = item.first_draw; place < item.start + item.rows; ++place, ++logit_row) {
+        const int64_t position = place + 1 - queue_[item.prompt].prompt_length;
+        if (item.sample != kWholePrompt) {
+          draws_.push_back({logit_row, item.sample, position});
+        } else {
+          for (int64_t i = 0; i < n; ++i) draws_.push_back({logit_row, item.prompt * n + i, position});
+        }
+      }
     }
   }
 
-  void decode() {
-    pass_.clear();
-    draws_.clear();
-    for (const LiveSample& live : scheduler_.prepare_decode()) {
-      draws_.push_back({static_cast<int64_t>(draws_.size()), live.sample});
-      pass_.add(&result_.responses[live.sample].tokens.back(), live.kv_len - 1, 1, live.blocks, true);
+  int64_t token_at(const PassItem& item, int64_t place) const {
+    const std::vector<int64_t>& prompt = request_.prompts[item.prompt];
+    const auto position = place - static_cast<int64_t>(prompt.size());
+    if (position < 0) return prompt[place];
+    const std::vector<int64_t>& response = result_.responses[item.sample].tokens;
+    return position < std::ssize(response) ? response[position] : request_.drafts[item.sample][position];
+  }
+
+  // Returns the share of the pass that is decoding.
+  double count(const std::vector<PassItem>& items) {
+    GenerateCounters& counters = result_.counters;
+    int64_t decoding = 0;
+    for (const PassItem& item : items) {
+      const int64_t first_rows = item.rows - item.recomputed;
+      counters.recomputed_tokens += item.recomputed;
+      if (item.sample == kWholePrompt) {
+        counters.prefill_tokens += first_rows;
+      } else if (first_rows > 0) {
+        ++decoding;
+        counters.draft_tokens += first_rows - 1;
+      }
     }
-    ++result_.counters.decode_steps;
-    result_.counters.decode_tokens += pass_.rows();
-    scheduler_.finish_decode(draw(run_forward(result_.counters.decode_seconds)));
+    counters.decode_tokens += decoding;
+    ++counters.passes;
+    counters.decode_steps += decoding > 0;
+    counters.prefill_passes += decoding < pass_.rows();
+    return static_cast<double>(decoding) / static_cast<double>(pass_.rows());
   }
 
-  const float* run_forward(double& seconds) {
-    const Timer timer(seconds);
-    return forward_.logits(pass_);
+  void run_forward(double decoding_share) {
+    decoding_share_ = decoding_share;
+    timed_forward([&] { forward_.run(pass_); });
   }
 
-  // Draws one token for each of draws_ and says which samples end with it. A token's random number belongs to
-  // (seed, sample id, place in the response): batch, slot and prompt length do not enter.
-  std::vector<bool> draw(const float* logits) {
+  template <typename Fn>
+  void timed_forward(const Fn& fn) {
+    double seconds = 0;
+    {
+      const Timer timer(seconds);
+      fn();
+    }
+    result_.counters.decode_seconds += seconds * decoding_share_;
+    result_.counters.prefill_seconds += seconds * (1 - decoding_share_);
+  }
+
+  // Draws a token for each of draws_, as many rows of logits at a time as there is memory for.
+  void draw() {
+    sampled_.resize(draws_.size());
+    const auto rows = static_cast<int64_t>(pass_.logit_rows.size());
+    size_t begin = 0;
+    for (int64_t first = 0; first < rows; first += forward_.max_logit_rows()) {
+      const int64_t count = std::min(forward_.max_logit_rows(), rows - first);
+      const float* logits = nullptr;
+      timed_forward([&] { logits = forward_.logits(first, count); });
+      size_t end = begin;
+      while (end < draws_.size() && draws_[end].logit_row < first + count) ++end;
+      sample(logits, first, begin, end);
+      begin = end;
+    }
+  }
+
+  // draws_[begin, end), whose logits start at row `first`. A token's random number belongs to (seed, sample id, place in
+  // the response): batch, slot and prompt length do not enter.
+  void sample(const float* logits, int64_t first, size_t begin, size_t end) {
     const Timer timer(result_.counters.sampling_seconds);
     const int64_t vocab = forward_.vocab_size();
-    std::vector<Sampled> sampled(draws_.size());
-    parallel_for(static_cast<int64_t>(draws_.size()), [&](int64_t i) {
-      const Draw& draw = draws_[i];
-      const auto position = static_cast<uint32_t>(result_.responses[draw.sample].tokens.size());
-      sampled[i] =
-          sample_row(logits + draw.logit_row * vocab, vocab, request_.rule, request_.sample_ids[draw.sample], position);
+    parallel_for(static_cast<int64_t>(end - begin), [&](int64_t i) {
+      const Draw& draw = draws_[begin + i];
+      sampled_[begin + i] = sample_row(logits + (draw.logit_row - first) * vocab, vocab, request_.rule,
+                                       request_.sample_ids[draw.sample], static_cast<uint32_t>(draw.position));
     });
+  }
+
+  // Appends what was drawn to the responses: of a draft's rows, up to the first token that is not the draft's, because
+  // the rows behind it saw another sequence than the response has become.
+  std::vector<Outcome> keep(const std::vector<PassItem>& items) {
     drawn_.clear();
-    std::vector<bool> finished(draws_.size());
-    for (size_t i = 0; i < draws_.size(); ++i) finished[i] = record(draws_[i].sample, sampled[i]);
-    return finished;
+    std::vector<Outcome> outcomes;
+    size_t next = 0;
+    for (const PassItem& item : items) {
+      if (item.sample == kWholePrompt) {
+        const int64_t samples = item.draws() > 0 ? request_.samples_per_prompt : 0;
+        for (int64_t i = 0; i < samples; ++i) outcomes.push_back(keep(next++, 1));
+      } else if (item.draws() > 0) {
+        outcomes.push_back(keep(next, item.draws()));
+        next += item.draws();
+      }
+    }
+    return outcomes;
+  }
+
+  Outcome keep(size_t first, int64_t count) {
+    Outcome outcome{0, false, true};
+    while (outcome.tokens < count && outcome.on_draft && !outcome.finished) {
+      const Draw& draw = draws_[first + outcome.tokens];
+      const Sampled& sampled = sampled_[first + outcome.tokens];
+      ++outcome.tokens;
+      outcome.finished = record(draw.sample, sampled);
+      outcome.on_draft = draft_at(draw) == sampled.token;
+      result_.counters.draft_accepted += outcome.on_draft;
+    }
+    return outcome;
+  }
+
+  int64_t draft_at(const Draw& draw) const {
+    if (request_.drafts.empty()) return -1;
+    const std::vector<int64_t>& draft = request_.drafts[draw.sample];
+    return draw.position < std::ssize(draft) ? draft[draw.position] : -1;
   }
 
   bool record(int64_t sample, const Sampled& drawn) {
@@ -139,8 +218,11 @@ class Rollout {
   Forward& forward_;
   GenerateResult result_;
   Pass pass_;
+  std::vector<int64_t> tokens_of_rows_;
   std::vector<Draw> draws_;
-  std::vector<DrawnToken> drawn_;
+  std::vector<Sampled> sampled_;   // one a draw
+  std::vector<DrawnToken> drawn_;  // what was kept of them
+  double decoding_share_ = 0;      // of the rows of the pass
   int64_t done_ = 0, tokens_ = 0;
 };
 
@@ -151,6 +233,19 @@ void require(bool ok, const std::string& message) {
 void require_at_least(int64_t least, int64_t value, const char* name) {
   require(value >= least,
           std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+}
+
+// Rows of logits at a time: the head is near its full rate, and a vocabulary of 50,000 takes 25 MB.
+constexpr int64_t kHeadRows = 128;
+
+// The most rows beyond those of decoding samples that one pass can have.
+int64_t rows_beyond_decoding(const std::vector<PromptRequest>& queue, bool may_preempt) {
+  int64_t rows = 0;
+  for (const PromptRequest& prompt : queue) {
+    rows += prompt.prompt_length + std::accumulate(prompt.drafts.begin(), prompt.drafts.end(), int64_t{0});
+    if (may_preempt) rows += prompt.samples * (prompt.prompt_length + prompt.max_new);
+  }
+  return rows;
 }
 
 }  // namespace
@@ -172,6 +267,12 @@ void DecodeProgram::check(const GenerateRequest& request) const {
                                                     "), got " + std::to_string(request.sample_ids.size()));
   require(request.expected_new.empty() || request.expected_new.size() == request.prompts.size(),
           "expected_new must be empty or have one length a prompt");
+  require(request.prompt_max_new.empty() || request.prompt_max_new.size() == request.prompts.size(),
+          "prompt_max_new must be empty or have one limit a prompt");
+  for (const int64_t limit : request.prompt_max_new) require_at_least(1, limit, "prompt_max_new");
+  require(request.drafts.empty() || request.drafts.size() == samples,
+          "drafts must be empty or have one list of tokens a sample");
+  for (size_t i = 0; i < request.drafts.size(); ++i) require_tokens(request.drafts[i], "draft " + std::to_string(i));
   for (size_t i = 0; i < request.prompts.size(); ++i) {
     const std::string name = "prompt " + std::to_string(i);
     const auto length = static_cast<int64_t>(request.prompts[i].size());
@@ -179,11 +280,15 @@ void DecodeProgram::check(const GenerateRequest& request) const {
     require(length < spec_.max_positions, name + " has " + std::to_string(length) +
                                               " tokens, which leaves no room for a response in the context of " +
                                               std::to_string(spec_.max_positions));
-    for (const int64_t token : request.prompts[i]) {
-      require(token >= 0 && token < spec_.vocab_size, name + " has token id " + std::to_string(token) +
-                                                          ", outside the vocabulary of " +
-                                                          std::to_string(spec_.vocab_size));
-    }
+    require_tokens(request.prompts[i], name);
+  }
+}
+
+void DecodeProgram::require_tokens(const std::vector<int64_t>& tokens, const std::string& name) const {
+  for (const int64_t token : tokens) {
+    require(token >= 0 && token < spec_.vocab_size, name + " has token id " + std::to_string(token) +
+                                                        ", outside the vocabulary of " +
+                                                        std::to_string(spec_.vocab_size));
   }
 }
 
@@ -191,12 +296,17 @@ std::vector<PromptRequest> DecodeProgram::plan(const GenerateRequest& request) c
   std::vector<PromptRequest> queue;
   for (size_t i = 0; i < request.prompts.size(); ++i) {
     const auto length = static_cast<int64_t>(request.prompts[i].size());
-    const int64_t max_new = std::min(request.max_new_tokens, spec_.max_positions - length);
+    int64_t max_new = std::min(request.max_new_tokens, spec_.max_positions - length);
+    if (!request.prompt_max_new.empty()) max_new = std::min(max_new, request.prompt_max_new[i]);
     require(length + max_new <= weights_->max_length,
             "prompt " + std::to_string(i) + " may reach " + std::to_string(length + max_new) +
                 " tokens, but the bound position table has " + std::to_string(weights_->max_length) + " rows");
     const double expected = request.expected_new.empty() ? 0 : request.expected_new[i];
-    queue.push_back({length, max_new, request.samples_per_prompt, expected});
+    queue.push_back({length, max_new, request.samples_per_prompt, expected, {}});
+    for (int64_t j = 0; j < (request.drafts.empty() ? 0 : request.samples_per_prompt); ++j) {
+      const auto draft = std::ssize(request.drafts[i * request.samples_per_prompt + j]);
+      queue.back().drafts.push_back(std::min<int64_t>(draft, max_new));
+    }
   }
   return queue;
 }
@@ -245,18 +355,18 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
                          [&](int32_t block) {
                            if (request.poison_freed_blocks) arena.poison_block(block);
                          }};
-  int64_t prompt_tokens = 0;
-  for (const PromptRequest& prompt : queue) prompt_tokens += prompt.prompt_length;
   const auto samples = static_cast<int64_t>(request.sample_ids.size());
   const int64_t batch = std::min(request.max_batch, samples);
-  const int64_t prefill_rows = std::min(request.max_prefill_rows, prompt_tokens);
+  const bool may_preempt = blocks < Scheduler::enough_blocks(queue, request.max_batch);
+  const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
+  const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
-  Forward forward(spec_, *weights_, arena, std::max(prefill_rows, batch), batch);
+  Forward forward(spec_, *weights_, arena, prefill_rows + batch, logit_rows);
   GenerateResult result = Rollout(request, queue, scheduler, forward).run(between_passes);
   result.counters.block_bytes = KvArena::block_bytes(arena.layout(), spec_.num_layers);
   result.counters.arena_blocks = blocks;
   result.counters.peak_blocks = pool.peak_used();
-  result.counters.scratch_bytes = forward.scratch_bytes();
+  result.counters.scratch_bytes = forward.scratch_bytes() + kernel_memory_bytes;
   return result;
 }
 

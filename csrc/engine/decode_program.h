@@ -1,9 +1,11 @@
 // Generation from bound weights: queue of prompts in, tokens with their log-probabilities out.
 #pragma once
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "engine/forward.h"
@@ -20,33 +22,47 @@ struct GenerateRequest {
   SamplingRule rule;
   int64_t samples_per_prompt = 1;
   int64_t max_new_tokens = 64;
+  std::vector<int64_t> prompt_max_new;  // one a prompt, or empty: lower limits than max_new_tokens
   std::vector<int64_t> stop_tokens;  // EOS ids and the caller's own; the one that stops is kept in the response
   std::vector<uint64_t> sample_ids;  // one a sample: its random stream
   std::vector<double> expected_new;  // one a prompt, or empty: expected response lengths, longest admitted first
   int64_t max_batch = 64;            // samples decoded together
-  int64_t max_prefill_rows = 512;    // prompt tokens in one pass
+  // One a sample, or empty: tokens to try. They are rows of a pass like a prompt's, and a sample keeps those that it
+  // draws itself, so its response is the one it would have had without.
+  std::vector<std::vector<int64_t>> drafts;
+  int64_t max_prefill_rows = 512;    // rows of one pass beyond one a sample: prompts and drafts
   int64_t kv_bytes = 0;              // budget of the cache; 0: as much as the queue can use
   bool keep_cache = false;           // keep the cache's memory for the next call
   bool poison_freed_blocks = false;  // debugging: blocks are NaN until written again
 };
 
-enum class FinishReason : uint8_t { kStop, kLength };
+enum class FinishReason : uint8_t { kUnfinished, kStop, kLength };
 
 struct Response {
   std::vector<int64_t> tokens;
   std::vector<float> logprobs, entropies, kept_mass;
-  FinishReason reason = FinishReason::kLength;
+  FinishReason reason = FinishReason::kUnfinished;
 };
 
 struct GenerateCounters {
-  int64_t prefill_tokens = 0, prefill_passes = 0, decode_steps = 0, decode_tokens = 0;
-  double prefill_seconds = 0, decode_seconds = 0, sampling_seconds = 0;
-  int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0, scratch_bytes = 0;
+  int64_t passes = 0;          // all
+  int64_t prefill_passes = 0;  // with rows of prompts, of preempted samples or of drafts
+  int64_t decode_steps = 0;    // with rows of samples that decode
+  // Rows: of prompts, each computed once; computed again after a preemption; of samples that decode; of drafts.
+  int64_t prefill_tokens = 0, recomputed_tokens = 0, decode_tokens = 0, draft_tokens = 0;
+  int64_t draft_accepted = 0;  // response tokens that a draft had right
+  int64_t preemptions = 0;
+  // A pass with both kinds of rows counts to each by its share of the rows.
+  double prefill_seconds = 0, decode_seconds = 0;
+  double sampling_seconds = 0;
+  int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0;
+  int64_t scratch_bytes = 0;  // activations of a pass, and what kernels keep in all threads
 };
 
 struct GenerateResult {
   std::vector<Response> responses;  // samples of a prompt are consecutive
   GenerateCounters counters;
+  std::exception_ptr interruption;  // what between_passes threw; responses may then be unfinished
 };
 
 struct DrawnToken {
@@ -67,12 +83,13 @@ class DecodeProgram {
   void release_cache() { arena_.reset(); }
   const DecoderSpec& spec() const { return spec_; }
 
-  // `between_passes` runs after every pass; what it throws ends the call cleanly.
+  // `between_passes` runs after every pass; what it throws ends the call and is handed back with what is finished.
   // Throws std::invalid_argument for a request that cannot be served, std::domain_error for logits that are not finite.
   GenerateResult generate(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);
 
  private:
   void check(const GenerateRequest& request) const;
+  void require_tokens(const std::vector<int64_t>& tokens, const std::string& name) const;
   std::vector<PromptRequest> plan(const GenerateRequest& request) const;
   int64_t block_count(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const;
   KvArena& take_arena(int64_t blocks);

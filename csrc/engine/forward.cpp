@@ -13,19 +13,17 @@ namespace hybrid {
 void Pass::clear() {
   tokens.clear();
   positions.clear();
-  slots.clear();
   sequences.clear();
   logit_rows.clear();
 }
 
-void Pass::add(const int64_t* ids, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, bool want_logits) {
+void Pass::add(const int64_t* ids, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, int64_t logits) {
   for (int64_t position = start; position < start + rows; ++position) {
     tokens.push_back(ids[position - start]);
     positions.push_back(static_cast<int32_t>(position));
-    slots.push_back(blocks[position / kKvTile] * kKvTile + position % kKvTile);
   }
   sequences.push_back({rows, start + rows, &blocks});
-  if (want_logits) logit_rows.push_back(this->rows() - 1);
+  for (int64_t row = this->rows() - logits; row < this->rows(); ++row) logit_rows.push_back(row);
 }
 
 Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
@@ -42,7 +40,8 @@ Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& 
       mlp_in_(max_rows * spec.mlp_in_size()),
       activated_(spec.gated_mlp ? max_rows * spec.intermediate_size : 0),
       low_rank_(max_rows * weights.max_lora_columns),
-      logits_(max_logit_rows * spec.vocab_size) {}
+      logits_(max_logit_rows * spec.vocab_size),
+      max_logit_rows_(max_logit_rows) {}
 
 int64_t Forward::scratch_bytes() const {
   int64_t bytes = 0;
@@ -53,7 +52,8 @@ int64_t Forward::scratch_bytes() const {
   return bytes;
 }
 
-float* Forward::logits(const Pass& pass) {
+void Forward::run(const Pass& pass) {
+  find_slots(pass);
   embed(pass);
   for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
     if (spec_.post_norm) {
@@ -62,7 +62,16 @@ float* Forward::logits(const Pass& pass) {
       block_pre_norm(pass, layer);
     }
   }
-  return head(pass.logit_rows);
+  gather(pass.logit_rows);
+}
+
+void Forward::find_slots(const Pass& pass) {
+  slots_.clear();
+  for (const Pass::Sequence& sequence : pass.sequences) {
+    for (int64_t place = sequence.kv_len - sequence.rows; place < sequence.kv_len; ++place) {
+      slots_.push_back(cache_.kernel_block((*sequence.blocks)[place / kKvTile]) * kKvTile + place % kKvTile);
+    }
+  }
 }
 
 void Forward::embed(const Pass& pass) {
@@ -110,7 +119,7 @@ void Forward::attention(const Pass& pass, int64_t layer, const float* x) {
   if (spec_.positions == PositionKind::kRotary) rotate(pass);
   const float* keys = qkv_.data() + spec_.q_size();
   const float* values = keys + spec_.kv_size();
-  kv_append(keys, values, spec_.qkv_size(), pass.rows(), pass.slots.data(), cache_.layout(), cache_.layer(layer));
+  kv_append(keys, values, spec_.qkv_size(), pass.rows(), slots_.data(), cache_.layout(), cache_.layer(layer));
   attend(pass, layer);
   linear_layer(block.attn_out, attended_.data(), pass.rows(), delta_.data());
 }
@@ -157,7 +166,7 @@ void Forward::attend(const Pass& pass, int64_t layer) {
   for (const Pass::Sequence& sequence : pass.sequences) {
     const KvTiles kv{keys.data() + tile, values.data() + tile, layout.head_stride(), layout.head_dim};
     for (int64_t i = 0; i < blocks_for(sequence.kv_len); ++i, ++tile) {
-      keys[tile] = cache_.layer(layer) + (*sequence.blocks)[i] * layout.block_stride();
+      keys[tile] = cache_.layer(layer) + cache_.kernel_block((*sequence.blocks)[i]) * layout.block_stride();
       values[tile] = keys[tile] + layout.v_offset();
     }
     sequences.push_back({qkv_.data() + row * spec_.qkv_size(), attended_.data() + row * spec_.q_size(), nullptr,
@@ -190,28 +199,31 @@ void Forward::mlp(const BlockWeights& block, const float* x, int64_t rows) {
   linear_layer(block.mlp_out, activated, rows, delta_.data());
 }
 
-float* Forward::head(const std::vector<int64_t>& logit_rows) {
-  const int64_t rows = static_cast<int64_t>(logit_rows.size());
-  if (rows == 0) return logits_.data();
+// Moves the rows to the front. They ascend, so none is overwritten before it is read.
+void Forward::gather(const std::vector<int64_t>& logit_rows) {
   const int64_t width = spec_.hidden_size;
-  // Ascending rows move to the front, so no row is overwritten before it is read.
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < static_cast<int64_t>(logit_rows.size()); ++i) {
     if (logit_rows[i] == i) continue;
     std::copy_n(hidden_.data() + logit_rows[i] * width, width, hidden_.data() + i * width);
     std::copy_n(delta_.data() + logit_rows[i] * width, width, delta_.data() + i * width);
   }
-  const float* last = hidden_.data();
+}
+
+float* Forward::logits(int64_t first, int64_t count) {
+  const int64_t width = spec_.hidden_size;
+  float *hidden = hidden_.data() + first * width, *delta = delta_.data() + first * width;
+  const float* last = hidden;
   if (spec_.final_norm) {
-    norm(weights_.final_norm, delta_.data(), hidden_.data(), normed_.data(), rows);
+    norm(weights_.final_norm, delta, hidden, normed_.data(), count);
     last = normed_.data();
   } else if (!spec_.post_norm) {
-    for (int64_t i = 0; i < rows * width; ++i) hidden_.data()[i] += delta_.data()[i];
+    for (int64_t i = 0; i < count * width; ++i) hidden[i] += delta[i];
   }
   if (spec_.projects_embedding()) {
-    linear_layer(weights_.project_out, last, rows, embedded_.data());
+    linear_layer(weights_.project_out, last, count, embedded_.data());
     last = embedded_.data();
   }
-  linear_layer(weights_.head, last, rows, logits_.data());
+  linear_layer(weights_.head, last, count, logits_.data());
   return logits_.data();
 }
 

@@ -20,13 +20,13 @@ struct Pass {
   };
   std::vector<int64_t> tokens;
   std::vector<int32_t> positions;
-  std::vector<int64_t> slots;  // where each row's key and value go
   std::vector<Sequence> sequences;
   std::vector<int64_t> logit_rows;  // ascending: rows whose next token is wanted
 
   void clear();
-  // Appends tokens[start, start + rows) of a sequence whose first `start` tokens are in the cache.
-  void add(const int64_t* tokens, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, bool want_logits);
+  // Appends `rows` tokens of a sequence whose first `start` tokens are in the cache. The next token is wanted of the
+  // last `logits` rows.
+  void add(const int64_t* tokens, int64_t start, int64_t rows, const std::vector<int32_t>& blocks, int64_t logits);
   int64_t rows() const { return static_cast<int64_t>(tokens.size()); }
 };
 
@@ -36,12 +36,16 @@ class Forward {
   Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
           int64_t max_logit_rows);
 
-  // Appends the rows to the cache and returns logits [logit_rows, vocab], valid until the next call.
-  float* logits(const Pass& pass);
+  // Appends the rows to the cache, and keeps the hidden states of the pass's logit rows for logits().
+  void run(const Pass& pass);
+  // Logits [count, vocab] of the pass's logit rows [first, first + count), valid until the next call; each row once.
+  float* logits(int64_t first, int64_t count);
+  int64_t max_logit_rows() const { return max_logit_rows_; }
   int64_t vocab_size() const { return spec_.vocab_size; }
   int64_t scratch_bytes() const;
 
  private:
+  void find_slots(const Pass& pass);
   void embed(const Pass& pass);
   void block_pre_norm(const Pass& pass, int64_t layer);
   void block_post_norm(const Pass& pass, int64_t layer);
@@ -50,7 +54,7 @@ class Forward {
   void rotate(const Pass& pass);
   void attend(const Pass& pass, int64_t layer);
   void mlp(const BlockWeights& block, const float* x, int64_t rows);
-  float* head(const std::vector<int64_t>& logit_rows);
+  void gather(const std::vector<int64_t>& logit_rows);
   void linear_layer(const LinearWeights& linear, const float* x, int64_t rows, float* y);
   // y = norm(x + residual), residual += x; without a residual y = norm(x).
   void norm(const NormWeights& weights, float* x, float* residual, float* y, int64_t rows);
@@ -58,9 +62,11 @@ class Forward {
   const DecoderSpec& spec_;
   const ModelWeights& weights_;
   KvArena& cache_;
+  std::vector<int64_t> slots_;  // where each row's key and value go, in any layer
   // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
   FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
   FloatBuffer logits_;  // [max_logit_rows, vocab]
+  int64_t max_logit_rows_;
 };
 
 }  // namespace hybrid

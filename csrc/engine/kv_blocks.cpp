@@ -43,15 +43,13 @@ KvArena::KvArena(const KvCacheLayout& layout, int64_t layers, int64_t blocks)
     : layout_(layout), layers_(layers), blocks_(blocks), data_(layers * blocks * layout.block_stride()) {}
 
 void KvArena::copy_block(int32_t from, int32_t to) {
-  const int64_t stride = layout_.block_stride();
-  for (int64_t i = 0; i < layers_; ++i) std::copy_n(layer(i) + from * stride, stride, layer(i) + to * stride);
+  const int64_t floats = layers_ * layout_.block_stride();
+  std::copy_n(data_.data() + from * floats, floats, data_.data() + to * floats);
 }
 
 void KvArena::poison_block(int32_t block) {
-  const int64_t stride = layout_.block_stride();
-  for (int64_t i = 0; i < layers_; ++i) {
-    std::fill_n(layer(i) + block * stride, stride, std::numeric_limits<float>::quiet_NaN());
-  }
+  const int64_t floats = layers_ * layout_.block_stride();
+  std::fill_n(data_.data() + block * floats, floats, std::numeric_limits<float>::quiet_NaN());
 }
 
 }  // namespace hybrid

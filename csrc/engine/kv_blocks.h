@@ -30,8 +30,10 @@ class KvBlockPool {
   int64_t peak_used_ = 0;
 };
 
-// One cache a layer, laid out as KvCacheLayout says. The pages are untouched until a block is first written, so an
-// arena sized for the worst case costs memory only for what is used.
+// The cache of all layers, block after block, each with its layers' parts as KvCacheLayout says: memory grows by whole
+// blocks, and a block is copied in one go. To the kernels a layer is a cache of its own that starts at layer() and whose
+// block b is number kernel_block(b). The pages are untouched until a block is first written, so an arena sized for the
+// worst case costs memory only for what is used.
 class KvArena {
  public:
   KvArena(const KvCacheLayout& layout, int64_t layers, int64_t blocks);
@@ -39,7 +41,8 @@ class KvArena {
   const KvCacheLayout& layout() const { return layout_; }
   int64_t blocks() const { return blocks_; }
   int64_t bytes() const { return data_.bytes(); }
-  float* layer(int64_t layer) { return data_.data() + layer * blocks_ * layout_.block_stride(); }
+  float* layer(int64_t layer) { return data_.data() + layer * layout_.block_stride(); }
+  int64_t kernel_block(int64_t block) const { return block * layers_; }
 
   void copy_block(int32_t from, int32_t to);
   void poison_block(int32_t block);  // fills it with NaN, so that a stale read shows

@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -15,19 +16,32 @@ int64_t shared_blocks(const PromptRequest& request) { return request.prompt_leng
 
 bool has_partial_block(const PromptRequest& request) { return request.prompt_length % kKvTile != 0; }
 
-// Blocks that one sample allocates beyond the prompt's. The last sample to leave the prompt takes over its partial
-// block; the others copy it. A sample that ends with its first token allocates nothing.
+// Blocks that one sample can come to hold beyond the prompt's. The last sample to leave the prompt takes over its
+// partial block; the others copy it. A sample that ends with its first token holds nothing.
 int64_t own_blocks(const PromptRequest& request, bool last) {
   if (request.max_new == 1) return 0;
   const int64_t beyond = blocks_for(max_kv(request)) - shared_blocks(request);
   return last && has_partial_block(request) ? beyond - 1 : beyond;
 }
 
+// Blocks that a sample of `known` tokens will likely hold in the end: those of its expected length, and at least room
+// for another tile, so that nobody is admitted only to be preempted at once.
+int64_t likely_blocks(const PromptRequest& request, int64_t known) {
+  const auto expected = static_cast<int64_t>(std::min<double>(std::ceil(request.expected_new), request.max_new));
+  const int64_t tokens = std::max(request.prompt_length + expected, known + kKvTile);
+  return blocks_for(std::min(max_kv(request), tokens));
+}
+
+// Blocks that `count` samples of a prompt will likely take beyond the prompt's own.
+int64_t likely_forks(const PromptRequest& request, int64_t count) {
+  if (request.max_new == 1) return 0;
+  const int64_t each = likely_blocks(request, request.prompt_length) - shared_blocks(request);
+  return count * each - (count == request.samples && has_partial_block(request) ? 1 : 0);
+}
+
 }  // namespace
 
-int64_t Scheduler::least_blocks(const PromptRequest& request) {
-  return blocks_for(request.prompt_length) + own_blocks(request, request.samples == 1);
-}
+int64_t Scheduler::least_blocks(const PromptRequest& request) { return blocks_for(max_kv(request)); }
 
 int64_t Scheduler::enough_blocks(const std::vector<PromptRequest>& queue, int64_t max_batch) {
   int64_t everything = 0, widest_prompt = 0, least = 0;
@@ -47,130 +61,255 @@ int64_t Scheduler::enough_blocks(const std::vector<PromptRequest>& queue, int64_
 
 Scheduler::Scheduler(std::vector<PromptRequest> queue, SchedulerLimits limits, KvBlockPool& pool, BlockHooks hooks)
     : limits_(limits), pool_(pool), hooks_(std::move(hooks)) {
-  for (const PromptRequest& request : queue) {
+  int64_t samples = 0;
+  for (PromptRequest& request : queue) {
     if (least_blocks(request) > pool.size()) throw std::logic_error("Scheduler: a request exceeds the whole pool");
-    prompts_.push_back({request, 0, 0, {}});
-    queue_.push_back(static_cast<int64_t>(queue_.size()));
+    queue_.push_back(static_cast<int64_t>(prompts_.size()));
+    prompts_.push_back({std::move(request), samples});
+    samples += prompts_.back().request.samples;
   }
   std::stable_sort(queue_.begin(), queue_.end(), [this](int64_t a, int64_t b) {
     return prompts_[a].request.expected_new > prompts_[b].request.expected_new;
   });
 }
 
-std::vector<PrefillChunk> Scheduler::next_prefill() {
-  std::vector<PrefillChunk> chunks;
-  int64_t room = limits_.max_prefill_rows;
-  size_t next = 0;  // prompts of prefilling_ that have a chunk in this pass
-  while (room > 0) {
-    if (next == prefilling_.size()) {
-      if (queue_.empty() || !can_admit(prompts_[queue_.front()])) break;
-      admit(prompts_[queue_.front()]);
-      prefilling_.push_back(queue_.front());
-      queue_.pop_front();
+const std::vector<PassItem>& Scheduler::next_pass() {
+  grow();
+  admit();
+  items_.clear();
+  item_residents_.clear();
+  int64_t budget = limits_.max_prefill_rows;
+  for (size_t i = 0; i < residents_.size(); ++i) {
+    const size_t items = items_.size();
+    add_item(residents_[i], budget);
+    if (items_.size() > items) item_residents_.push_back(i);
+  }
+  if (items_.empty() && !done()) throw std::logic_error("Scheduler::next_pass: nothing can be computed");
+  return items_;
+}
+
+// Room for every resident's known tokens, oldest first.
+void Scheduler::grow() {
+  for (size_t i = 0; i < residents_.size(); ++i) {
+    while (i < residents_.size() && !allocate_for(residents_[i], residents_[i].known)) make_room();
+  }
+}
+
+bool Scheduler::allocate_for(Resident& resident, int64_t tokens) {
+  const auto wanted = static_cast<size_t>(blocks_for(tokens));
+  while (resident.blocks.size() < wanted && pool_.available() > 0) resident.blocks.push_back(pool_.allocate());
+  return resident.blocks.size() >= wanted;
+}
+
+void Scheduler::make_room() {
+  if (!release_held(/*except=*/-1)) preempt_youngest();
+}
+
+// Gives up one prompt that is only held for waiting samples: nobody makes progress with it.
+bool Scheduler::release_held(int64_t except) {
+  for (auto waiting = waiting_.rbegin(); waiting != waiting_.rend(); ++waiting) {
+    Prompt& prompt = prompts_[waiting->prompt];
+    if (waiting->prompt == except || prompt.held.empty()) continue;
+    release(prompt.held);
+    return true;
+  }
+  return false;
+}
+
+void Scheduler::preempt_youngest() {
+  Resident& youngest = residents_.back();
+  release(youngest.blocks);
+  if (youngest.sample == kWholePrompt) {
+    queue_.push_front(youngest.prompt);
+  } else {
+    waiting_.push_front({youngest.prompt, youngest.sample, youngest.known, youngest.draft});
+    ++prompts_[youngest.prompt].waiting;
+  }
+  residents_.pop_back();
+  ++preemptions_;
+}
+
+void Scheduler::admit() {
+  while (slots_taken() < limits_.max_batch) {
+    // Waiting samples go first: they hold memory, or have lost work already.
+    if (!waiting_.empty()) {
+      if (!admit_waiting()) return;
+    } else if (queue_.empty() || rows_to_compute() >= limits_.max_prefill_rows || !admit_prompt()) {
+      return;
     }
-    const int64_t index = prefilling_[next++];
-    Prompt& prompt = prompts_[index];
-    const int64_t rows = std::min(room, prompt.request.prompt_length - prompt.prefilled);
-    const int64_t start = prompt.prefilled;
-    prompt.prefilled += rows;
-    room -= rows;
-    chunks.push_back({index, start, rows, &prompt.blocks, prompt.prefilled == prompt.request.prompt_length});
   }
-  return chunks;
 }
 
-bool Scheduler::can_admit(const Prompt& prompt) const {
-  // Waiting samples hold memory, so they go first: no new prompt while one waits, and at most the last one admitted has
-  // more samples than there are slots for.
-  return waiting_.empty() && live() + expected_live_ < limits_.max_batch &&
-         least_blocks(prompt.request) <= unpromised();
-}
-
-void Scheduler::admit(Prompt& prompt) {
-  for (int64_t i = blocks_for(prompt.request.prompt_length); i > 0; --i) prompt.blocks.push_back(pool_.allocate());
-  promised_ += own_blocks(prompt.request, prompt.request.samples == 1);
-  expected_live_ += prompt.request.samples;
-}
-
-void Scheduler::finish_prefill(int64_t index, const std::vector<int64_t>& survivors) {
-  Prompt& prompt = prompts_[index];
-  const auto place = std::find(prefilling_.begin(), prefilling_.end(), index);
-  if (place == prefilling_.end() || prompt.prefilled != prompt.request.prompt_length) {
-    throw std::logic_error("Scheduler::finish_prefill: the prompt is not in its last prefill pass");
-  }
-  prefilling_.erase(place);
-  promised_ -= own_blocks(prompt.request, prompt.request.samples == 1);
-  expected_live_ -= prompt.request.samples;
-  prompt.waiting = static_cast<int64_t>(survivors.size());
-  for (const int64_t sample : survivors) waiting_.push_back({sample, index});
-  if (survivors.empty()) release(prompt.blocks);
-  activate_waiting();
-}
-
-void Scheduler::activate_waiting() {
-  while (!waiting_.empty() && live() < limits_.max_batch && try_activate(waiting_.front())) waiting_.pop_front();
-}
-
-bool Scheduler::try_activate(const Waiting& waiting) {
-  Prompt& prompt = prompts_[waiting.prompt];
-  const bool last = prompt.waiting == 1;
-  const int64_t promise = own_blocks(prompt.request, last);
-  if (promise > unpromised()) return false;
-  --prompt.waiting;
-  promised_ += promise;
-  LiveSample sample{waiting.sample, waiting.prompt, prompt.request.prompt_length, promise, fork_blocks(prompt, last)};
-  if (!last && has_partial_block(prompt.request)) {
-    --sample.promised;  // the copied partial block
-    --promised_;
-  }
-  live_.push_back(std::move(sample));
+bool Scheduler::admit_prompt() {
+  const int64_t index = queue_.front();
+  const PromptRequest& request = prompts_[index].request;
+  const int64_t whole = blocks_for(request.prompt_length);
+  const int64_t slots = std::min(request.samples, limits_.max_batch - slots_taken());
+  const int64_t likely = whole + likely_forks(request, slots);
+  if (!residents_.empty() && likely + likely_growth() > pool_.available()) return false;
+  Resident prompt{index, kWholePrompt, request.prompt_length, 0, 0, slots, {}};
+  if (!allocate_for(prompt, prompt.known)) throw std::logic_error("Scheduler: an empty batch leaves too few blocks");
+  residents_.push_back(std::move(prompt));
+  queue_.pop_front();
   return true;
 }
 
-std::vector<int32_t> Scheduler::fork_blocks(Prompt& prompt, bool last) {
-  if (last) return std::exchange(prompt.blocks, {});
-  std::vector<int32_t> blocks(prompt.blocks.begin(), prompt.blocks.begin() + shared_blocks(prompt.request));
-  for (const int32_t block : blocks) pool_.retain(block);
-  if (has_partial_block(prompt.request)) {
-    // Copied now, not at its first write: that write is the sample's very next step.
-    blocks.push_back(pool_.allocate());
-    hooks_.copy(prompt.blocks.back(), blocks.back());
+bool Scheduler::admit_waiting() {
+  const Waiting waiting = waiting_.front();
+  Prompt& prompt = prompts_[waiting.prompt];
+  const Blocks* whole_prompt = whole_prompt_of(waiting.prompt);
+  bool takes_over = prompt.waiting == 1 && !prompt.held.empty();
+  const auto inherited = [&] {
+    return takes_over ? static_cast<int64_t>(prompt.held.size()) : whole_prompt ? shared_blocks(prompt.request) : 0;
+  };
+  if (residents_.empty()) {
+    // Nobody will free a block, so the sample must start: on what others hold if need be.
+    const auto fits = [&] { return blocks_for(waiting.known) - inherited() <= pool_.available(); };
+    while (!fits() && release_held(/*except=*/waiting.prompt)) continue;
+    if (!fits()) takes_over = true;
+  } else if (likely_blocks(prompt.request, waiting.known) - inherited() + likely_growth() > pool_.available()) {
+    return false;
+  }
+  Resident sample{waiting.prompt, waiting.sample, waiting.known, waiting.draft, 0, 1, {}};
+  if (whole_prompt != nullptr) sample.cached = prompt.request.prompt_length;
+  if (takes_over) {
+    sample.blocks = std::exchange(prompt.held, {});
+  } else if (whole_prompt != nullptr) {
+    fork(sample, *whole_prompt);
+  }
+  if (!allocate_for(sample, sample.known)) throw std::logic_error("Scheduler: an admitted sample lacks blocks");
+  residents_.push_back(std::move(sample));
+  waiting_.pop_front();
+  --prompt.waiting;
+  return true;
+}
+
+// The blocks of a prompt that is in the cache as a whole: held for its samples, or under one of them.
+const Scheduler::Blocks* Scheduler::whole_prompt_of(int64_t prompt) const {
+  if (!prompts_[prompt].held.empty()) return &prompts_[prompt].held;
+  for (const Resident& resident : residents_) {
+    const bool sibling = resident.prompt == prompt && resident.sample != kWholePrompt;
+    if (sibling && resident.cached >= prompts_[prompt].request.prompt_length) return &resident.blocks;
+  }
+  return nullptr;
+}
+
+void Scheduler::fork(Resident& sample, const Blocks& whole_prompt) {
+  const PromptRequest& request = prompts_[sample.prompt].request;
+  sample.blocks.assign(whole_prompt.begin(), whole_prompt.begin() + shared_blocks(request));
+  for (const int32_t block : sample.blocks) pool_.retain(block);
+  if (has_partial_block(request)) {
+    // Copied now, not at its first write: that write is the sample's very next row.
+    sample.blocks.push_back(pool_.allocate());
+    hooks_.copy(whole_prompt[shared_blocks(request)], sample.blocks.back());
+  }
+}
+
+// Blocks that the residents will likely take beyond those they hold.
+int64_t Scheduler::likely_growth() const {
+  int64_t blocks = 0;
+  for (const Resident& resident : residents_) {
+    const PromptRequest& request = prompts_[resident.prompt].request;
+    blocks += resident.sample == kWholePrompt
+                  ? likely_forks(request, resident.slots)
+                  : std::max<int64_t>(0, likely_blocks(request, resident.known) - std::ssize(resident.blocks));
   }
   return blocks;
 }
 
-std::vector<LiveSample>& Scheduler::prepare_decode() {
-  for (LiveSample& sample : live_) {
-    if (sample.kv_len == static_cast<int64_t>(sample.blocks.size()) * kKvTile) {
-      if (sample.promised == 0) throw std::logic_error("Scheduler: a sample outgrew what it was promised");
-      sample.blocks.push_back(pool_.allocate());
-      --sample.promised;
-      --promised_;
-    }
-    ++sample.kv_len;
-  }
-  return live_;
+int64_t Scheduler::slots_taken() const {
+  int64_t slots = 0;
+  for (const Resident& resident : residents_) slots += resident.slots;
+  return slots;
 }
 
-void Scheduler::finish_decode(const std::vector<bool>& finished) {
-  if (finished.size() != live_.size()) throw std::logic_error("Scheduler::finish_decode: one flag a live sample");
-  size_t kept = 0;
-  for (size_t i = 0; i < live_.size(); ++i) {
-    if (finished[i]) {
-      release(live_[i].blocks);
-      promised_ -= live_[i].promised;
+// Rows that are due beyond one for every sample that decodes.
+int64_t Scheduler::rows_to_compute() const {
+  int64_t rows = 0;
+  for (const Resident& resident : residents_) rows += resident.decodes() ? 0 : resident.known - resident.cached;
+  return rows;
+}
+
+// A sample that decodes has one row for certain. All others, and rows of a draft, come out of the budget.
+void Scheduler::add_item(Resident& resident, int64_t& budget) {
+  // The last token of a draft is compared, never fed.
+  const int64_t end = resident.known + std::max<int64_t>(resident.draft - 1, 0);
+  const int64_t certain = resident.decodes() ? 1 : 0;
+  int64_t rows = std::min(end - resident.cached, certain + budget);
+  if (resident.cached + rows > resident.known && !allocate_for(resident, resident.cached + rows)) {
+    rows = std::ssize(resident.blocks) * kKvTile - resident.cached;
+  }
+  if (rows == 0) return;
+  budget -= rows - certain;
+  const int64_t stop = resident.cached + rows;
+  Prompt& prompt = prompts_[resident.prompt];
+  const bool whole = resident.sample == kWholePrompt;
+  const int64_t computed_before = whole ? prompt.computed : resident.known - 1;
+  const int64_t recomputed = std::clamp<int64_t>(computed_before - resident.cached, 0, rows);
+  if (whole) prompt.computed = std::max(prompt.computed, stop);
+  const int64_t first_draw = std::min(stop, std::max(resident.cached, resident.known - 1));
+  items_.push_back({resident.prompt, resident.sample, resident.cached, rows, first_draw, recomputed, &resident.blocks});
+}
+
+void Scheduler::finish_pass(const std::vector<Outcome>& outcomes) {
+  size_t expected = 0;
+  for (const PassItem& item : items_) {
+    if (item.draws() > 0) expected += item.sample == kWholePrompt ? prompts_[item.prompt].request.samples : 1;
+  }
+  if (outcomes.size() != expected) throw std::logic_error("Scheduler::finish_pass: one outcome a sample that draws");
+  std::vector<bool> leaves(residents_.size());
+  const Outcome* next = outcomes.data();
+  for (size_t i = 0; i < items_.size(); ++i) {
+    Resident& resident = residents_[item_residents_[i]];
+    resident.cached += items_[i].rows;
+    if (items_[i].draws() == 0) continue;
+    if (resident.sample == kWholePrompt) {
+      next = finish_prompt(resident, next);
+      leaves[item_residents_[i]] = true;
     } else {
-      if (kept != i) live_[kept] = std::move(live_[i]);
-      ++kept;
+      leaves[item_residents_[i]] = finish_sample(resident, *next++);
     }
   }
-  live_.erase(live_.begin() + static_cast<int64_t>(kept), live_.end());
-  activate_waiting();
+  size_t kept = 0;
+  for (size_t i = 0; i < residents_.size(); ++i) {
+    if (leaves[i]) continue;
+    if (kept != i) residents_[kept] = std::move(residents_[i]);
+    ++kept;
+  }
+  residents_.resize(kept);
+  items_.clear();
 }
 
-void Scheduler::release(const std::vector<int32_t>& blocks) {
-  for (const int32_t block : blocks) {
-    if (pool_.release(block)) hooks_.freed(block);
+const Outcome* Scheduler::finish_prompt(Resident& resident, const Outcome* outcomes) {
+  Prompt& prompt = prompts_[resident.prompt];
+  const PromptRequest& request = prompt.request;
+  for (int64_t i = 0; i < request.samples; ++i) {
+    if (outcomes[i].finished) continue;
+    const int64_t draft = request.drafts.empty() || !outcomes[i].on_draft ? 0 : request.drafts[i] - outcomes[i].tokens;
+    waiting_.push_back({resident.prompt, prompt.first_sample + i, request.prompt_length + outcomes[i].tokens, draft});
+    ++prompt.waiting;
+  }
+  prompt.held = std::move(resident.blocks);
+  if (prompt.waiting == 0) release(prompt.held);
+  return outcomes + request.samples;
+}
+
+bool Scheduler::finish_sample(Resident& resident, const Outcome& outcome) {
+  if (outcome.finished) {
+    release(resident.blocks);
+    return true;
+  }
+  resident.known += outcome.tokens;
+  resident.draft = outcome.on_draft ? std::max<int64_t>(resident.draft - outcome.tokens, 0) : 0;
+  resident.cached = std::min(resident.cached, resident.known - 1);  // rows of a draft that did not hold are void
+  release(resident.blocks, blocks_for(resident.known));
+  return false;
+}
+
+void Scheduler::release(Blocks& blocks, int64_t keep) {
+  while (std::ssize(blocks) > keep) {
+    if (pool_.release(blocks.back())) hooks_.freed(blocks.back());
+    blocks.pop_back();
   }
 }
 

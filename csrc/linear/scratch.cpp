@@ -3,6 +3,8 @@
 #include <memory>
 #include <new>
 
+#include "common/kernel_memory.h"
+
 namespace hybrid {
 namespace {
 
@@ -15,6 +17,16 @@ struct Free {
 struct Buffer {
   std::unique_ptr<float[], Free> data;
   int64_t floats = 0;
+
+  void resize(int64_t size) {
+    data.reset();  // first: the old and the new one need not fit together
+    kernel_memory_bytes -= floats * static_cast<int64_t>(sizeof(float));
+    floats = 0;
+    data.reset(size == 0 ? nullptr : static_cast<float*>(::operator new[](size * sizeof(float), kCacheLine)));
+    floats = size;
+    kernel_memory_bytes += floats * static_cast<int64_t>(sizeof(float));
+  }
+  ~Buffer() { resize(0); }
 };
 
 }  // namespace
@@ -22,12 +34,7 @@ struct Buffer {
 float* thread_scratch(ScratchSlot slot, int64_t floats) {
   thread_local Buffer buffers[static_cast<int>(ScratchSlot::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (floats > buffer.floats) {
-    buffer.data.reset();  // first: the old and the new one need not fit together
-    buffer.floats = 0;
-    buffer.data.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kCacheLine)));
-    buffer.floats = floats;
-  }
+  if (floats > buffer.floats) buffer.resize(floats);
   return buffer.data.get();
 }
 

@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "common/philox.h"
+#include "sampling/race.h"
 #include "sampling/row.h"
 #include "sampling/threshold.h"
 
@@ -40,40 +40,33 @@ RowScore finish_score(float target_logit, RowShift shift, RowSums sums) {
           shift.max / static_cast<double>(shift.temperature) + log_sum};
 }
 
-// Index at which the running sum of weights first exceeds `aim`, and in `before` the sum up to it. The last one of
-// positive weight where rounding leaves the sum short.
-template <typename WeightAt>
-int64_t invert(int64_t count, double aim, double* before, const WeightAt& weight_at) {
-  double sum = 0.0;
-  int64_t last = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double weight = weight_at(i);
-    if (weight <= 0.0) continue;
-    last = i;
-    *before = sum;
-    sum += weight;
-    if (sum > aim) break;
-  }
-  return last;
-}
-
-// The whole vocabulary: find the block from the block sums, then the token within it.
+// The whole vocabulary: a race of the blocks, then of the winner's tokens.
 int64_t draw_from_all(const float* logits, int64_t vocab, RowShift shift, const std::vector<float>& sums,
-                      double uniform) {
-  double total = 0.0, before = 0.0;
-  for (const float sum : sums) total += sum;
-  const double aim = uniform * total;
-  const int64_t block = invert(row_blocks(vocab), aim, &before, [&](int64_t b) { return sums[b]; });
-  const int64_t begin = block * kRowBlock, count = std::min(kRowBlock, vocab - begin);
+                      RaceUniforms& uniforms) {
+  Race blocks;
+  for (int64_t b = 0; b < row_blocks(vocab); ++b) blocks.enter(b, sums[b], uniforms.of_block(b));
+  const int64_t begin = blocks.winner() * kRowBlock, count = std::min(kRowBlock, vocab - begin);
   float weights[kRowBlock];
   block_weights(logits + begin, count, shift, weights);
-  double unused;
-  return begin + invert(count, aim - before, &unused, [&](int64_t i) { return weights[i]; });
+  Race tokens;
+  for (int64_t i = 0; i < count; ++i) tokens.enter(begin + i, weights[i], uniforms.of_token(begin + i));
+  return tokens.winner();
 }
 
-int64_t draw_from_candidates(std::span<const Candidate> kept, double aim) {
-  double unused;
-  return kept[invert(std::ssize(kept), aim, &unused, [&](int64_t i) { return kept[i].weight; })].token;
+// The same races among the tokens kept, which are in vocabulary order.
+int64_t draw_from_candidates(std::span<const Candidate> kept, RaceUniforms& uniforms) {
+  Race blocks;
+  std::span<const Candidate> winner;
+  for (size_t begin = 0, end; begin < kept.size(); begin = end) {
+    const int64_t block = kept[begin].token / kRowBlock;
+    double weight = 0.0;
+    for (end = begin; end < kept.size() && kept[end].token / kRowBlock == block; ++end) weight += kept[end].weight;
+    blocks.enter(block, weight, uniforms.of_block(block));
+    if (blocks.winner() == block) winner = kept.subspan(begin, end - begin);
+  }
+  Race tokens;
+  for (const Candidate c : winner) tokens.enter(c.token, c.weight, uniforms.of_token(c.token));
+  return tokens.winner();
 }
 
 // A logit that the k-th greatest one cannot be below: k blocks hold at least one logit as great as the k-th block
@@ -170,14 +163,14 @@ Sampled sample_row(const float* logits, int64_t vocab, const SamplingRule& rule,
 
   int64_t token;
   Kept kept{{}, sums.weight, -kInfinity};
-  const double uniform = philox_uniform(rule.seed, sample, position);
+  RaceUniforms uniforms(rule.seed, sample, position);
   if (greedy) {
     token = first_equal(logits, vocab, shift.max, scratch.maxima);
   } else if (cuts_by_count(rule, vocab) || rule.top_p < 1.0f) {
     kept = truncate(logits, vocab, rule, shift, sums.weight, scratch);
-    token = draw_from_candidates(kept.tokens, uniform * kept.weight);
+    token = draw_from_candidates(kept.tokens, uniforms);
   } else {
-    token = draw_from_all(logits, vocab, shift, scratch.sums, uniform);
+    token = draw_from_all(logits, vocab, shift, scratch.sums, uniforms);
   }
   const RowScore score = finish_score(logits[token], shift, sums);
   const double kept_mass = std::min(1.0, kept.weight / sums.weight);

@@ -31,7 +31,8 @@ struct Sampled {
   float kept_mass;  // probability of the set that top-k and top-p kept; 1 without them or when greedy
   float threshold;  // least logit kept; -inf without them or when greedy. Kept set = {logit >= threshold}
 };
-// An exact draw by inverse transform from one Philox uniform keyed by (seed, sample, position).
+// An exact draw by races of exponential clocks (race.h), whose Philox uniforms are keyed by (seed, sample, position) and
+// the token or its block of 64: distributions that differ little give the same token more often than not.
 Sampled sample_row(const float* logits, int64_t vocab, const SamplingRule& rule, uint64_t sample, uint32_t position);
 
 }  // namespace hybrid

@@ -3,7 +3,7 @@
 Its random numbers come from torch's generator, seeded anew for each batch, so that, unlike with
 the native program, a sample depends on the batch it is drawn in; and the longest prompt of a batch
 decides how much of the context is left for its responses. Log-probabilities and entropies are not
-collected here: the caller gets them from the training forward.
+collected here: the caller gets them from the training forward. Drafts are not tried.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def foreign_generate(model: ForeignCausalLM, request: Request) -> dict[str, Any]
         for start in range(0, len(rows), request.max_batch):
             torch.manual_seed((request.params.seed * 1_000_003 + request.sample_ids[start]) % 2**63)
             batch = rows[start : start + request.max_batch]
-            _generate_batch(model, batch, request, result, streamer)
+            limits = [request.response_limit(start + i) for i in range(len(batch))]
+            _generate_batch(model, batch, limits, request, result, streamer)
             if on_token is not None and streamer is None:
                 for sample in range(start, start + len(batch)):
                     for token in result["tokens"][sample]:
@@ -65,6 +66,7 @@ def foreign_generate(model: ForeignCausalLM, request: Request) -> dict[str, Any]
 def _generate_batch(
     model: ForeignCausalLM,
     rows: list[list[int]],
+    limits: list[int],
     request: Request,
     result: dict[str, list[Any]],
     streamer: _Streamer | None,
@@ -72,11 +74,12 @@ def _generate_batch(
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    options = _options(model, longest, request.params, request.stop_tokens)
+    options = _options(model, longest, max(limits), request.params, request.stop_tokens)
     hf_model: Any = model.hf_model
     output = hf_model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
     mass = _kept_mass(output, request.params)
-    for i, response in enumerate(output.sequences[:, longest:].tolist()):
+    for i, row in enumerate(output.sequences[:, longest:].tolist()):
+        response = row[: limits[i]]
         ends = [place for place, token in enumerate(response) if token in request.stop_tokens]
         length = ends[0] + 1 if ends else len(response)
         result["tokens"].append(response[:length])
@@ -100,13 +103,15 @@ def _plain_defaults(hf_model: Any) -> Iterator[None]:
 
 
 def _options(
-    model: ForeignCausalLM, longest: int, params: SamplingParams, stop_tokens: list[int]
+    model: ForeignCausalLM,
+    longest: int,
+    max_new: int,
+    params: SamplingParams,
+    stop_tokens: list[int],
 ) -> dict[str, Any]:
-    context = getattr(
-        model.hf_model.config, "max_position_embeddings", longest + params.max_new_tokens
-    )
+    context = getattr(model.hf_model.config, "max_position_embeddings", longest + max_new)
     options: dict[str, Any] = {
-        "max_new_tokens": min(params.max_new_tokens, context - longest),
+        "max_new_tokens": min(max_new, context - longest),
         "do_sample": not params.greedy,
         "eos_token_id": stop_tokens or None,
         "pad_token_id": stop_tokens[0] if stop_tokens else 0,

@@ -13,6 +13,7 @@ from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank
 from hybrid_engine.engine.end_tokens import end_token_ids
 from hybrid_engine.engine.foreign_generate import foreign_generate
+from hybrid_engine.engine.partial import keep_finished
 from hybrid_engine.engine.program import NativeGenerator
 from hybrid_engine.engine.reference_generate import reference_generate
 from hybrid_engine.engine.request import OnProgress, OnToken, Request, check_prompts
@@ -142,6 +143,9 @@ class HybridEngine:
         on_progress: OnProgress | None = None,
         expected_lengths: Sequence[float] | None = None,
         on_token: OnToken | None = None,
+        *,
+        max_new_tokens: Sequence[int] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> Rollout:
         """Sample ``params.n`` responses to each prompt.
 
@@ -150,15 +154,25 @@ class HybridEngine:
             sample_ids: one a sample, naming its random stream. A sample depends on its id, the seed
                 and the prompt alone: not on the batch, the order or the rank. By default this
                 call's samples are numbered from zero, on every rank in a range of its own.
-            on_progress: called now and then with (finished samples, all samples, tokens so far).
+            on_progress: called with (finished samples, all samples, tokens so far), at the end and
+                at most 20 times a second before.
             expected_lengths: one a prompt, for example of its last responses: the longest are
                 started first, which leaves fewer slots idle at the end. Results stay the same.
+                By default those of the drafts.
             on_token: called with (sample, token) for every token as soon as it is drawn; what it
                 raises ends the call. Families without a native decoder stream a lone sample only,
                 and report those of a batch at its end.
+            max_new_tokens: one a prompt: lower limits than ``params.max_new_tokens``.
+            drafts: one a sample (it may be empty): tokens to try, such as the response that the
+                same prompt, seed and sample id had an epoch ago. All of them are computed in one
+                prefill, and the leading ones that the sample draws itself are kept. Results stay
+                the same, bit for bit; with another seed or sample id hardly a token would hold.
 
         Raises:
             UserError: a prompt that cannot be served, naming its index.
+
+        Ctrl-C, or whatever a callback raises, ends the call after the running pass. The finished
+        samples go with the exception: see `partial_rollout` (native and plain generators).
         """
         params = params or SamplingParams()
         lists = [list(prompt) for prompt in prompts]
@@ -174,11 +188,17 @@ class HybridEngine:
             max_batch=self.max_batch,
             kv_bytes=self.kv_bytes,
             expected_lengths=expected_lengths or (),
+            max_new_tokens=max_new_tokens or (),
+            drafts=drafts or (),
             on_progress=on_progress,
             on_token=on_token,
         )
         with nullcontext() if self._phase == "generation" else self.generation():
-            result = self._sample(request)
+            try:
+                result = self._sample(request)
+            except BaseException as error:
+                keep_finished(error, lists, params.n)
+                raise
         if "logprobs" not in result:
             result |= self._scores_of(request, result["tokens"])
         return Rollout(prompts=lists, n=params.n, **result)

@@ -71,7 +71,8 @@ class NativeGenerator:
 
         Raises:
             UserError: a request that does not fit, or weights that give no finite logits. What a
-                callback raises comes through as it is.
+                callback raises, and Ctrl-C, comes through as it is, with an attribute ``partial``
+                that is this function's result up to then.
         """
         longest = max((len(prompt) for prompt in request.prompts), default=0)
         longest += request.params.max_new_tokens
@@ -84,7 +85,9 @@ class NativeGenerator:
                 request.params,
                 request.stop_tokens,
                 sample_ids=request.sample_ids,
-                expected_new=list(request.expected_lengths),
+                expected_new=list(request.expected_lengths) or _lengths_of_drafts(request),
+                prompt_max_new=list(request.max_new_tokens),
+                drafts=[list(draft) for draft in request.drafts],
                 max_batch=request.max_batch,
                 kv_bytes=request.kv_bytes,
                 keep_cache=True,
@@ -130,23 +133,38 @@ def run_program(
     **options: Any,
 ) -> dict[str, Any]:
     """One call of ``DecodeProgram.generate``; flat tensors become one list a sample."""
-    flat = program.generate(
-        prompts,
-        samples_per_prompt=params.n,
-        max_new_tokens=params.max_new_tokens,
-        temperature=params.temperature,
-        top_k=params.top_k,
-        top_p=params.top_p,
-        seed=params.seed,
-        stop_tokens=stop_tokens,
-        **options,
-    )
+    try:
+        flat = program.generate(
+            prompts,
+            samples_per_prompt=params.n,
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=params.seed,
+            stop_tokens=stop_tokens,
+            **options,
+        )
+    except BaseException as error:
+        if hasattr(error, "partial"):
+            error.partial = _one_list_a_sample(error.partial)
+        raise
+    return _one_list_a_sample(flat)
+
+
+def _one_list_a_sample(flat: dict[str, Any]) -> dict[str, Any]:
     lengths = flat["offsets"].diff().tolist()
     per_sample = {
         name: [part.tolist() for part in flat[name].split(lengths)] if lengths else []
         for name in ("tokens", "logprobs", "entropies", "kept_mass")
     }
     return {**per_sample, "finish_reasons": flat["finish_reasons"], "counters": flat["counters"]}
+
+
+def _lengths_of_drafts(request: Request) -> list[float]:
+    """The longest draft of each prompt: what its samples will likely take."""
+    lengths, n = [float(len(draft)) for draft in request.drafts], request.params.n
+    return [max(lengths[i : i + n]) for i in range(0, len(lengths), n)]
 
 
 def _check_readable(name: str, tensor: Tensor) -> None:

@@ -33,18 +33,27 @@ class _Sample:
 
 @torch.no_grad()
 def reference_generate(model: CausalLM, request: Request) -> dict[str, Any]:
-    """Same results as `NativeGenerator`, one list a sample."""
-    params, rows = request.params, request.rows
+    """Same results as `NativeGenerator`, one list a sample. Drafts would change none."""
+    rows = request.rows
     room = [model.spec.max_positions - len(prompt) for prompt in rows]
     samples = [
-        _Sample(i, prompt, request.sample_ids[i], min(params.max_new_tokens, room[i]))
+        _Sample(i, prompt, request.sample_ids[i], min(request.response_limit(i), room[i]))
         for i, prompt in enumerate(rows)
     ]
+    try:
+        _generate(model, samples, request)
+    except BaseException as error:
+        error.partial = _columns(samples)  # type: ignore[attr-defined]
+        raise
+    return _columns(samples)
+
+
+def _generate(model: CausalLM, samples: list[_Sample], request: Request) -> None:
     waiting, live, drawn = list(reversed(samples)), list[_Sample](), 0
     while waiting or live:
         while waiting and len(live) < request.max_batch:
             live.append(waiting.pop())
-        _append(live, _draw(model, live, params), frozenset(request.stop_tokens))
+        _append(live, _draw(model, live, request.params), frozenset(request.stop_tokens))
         drawn += len(live)
         if request.on_token is not None:
             for sample in live:
@@ -52,6 +61,9 @@ def reference_generate(model: CausalLM, request: Request) -> dict[str, Any]:
         live = [sample for sample in live if not sample.reason]
         if request.on_progress is not None:
             request.on_progress(len(samples) - len(waiting) - len(live), len(samples), drawn)
+
+
+def _columns(samples: list[_Sample]) -> dict[str, Any]:
     columns = ("tokens", "logprobs", "entropies", "kept_mass")
     result: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in columns}
     return {**result, "finish_reasons": [s.reason for s in samples], "counters": {}}

@@ -23,13 +23,37 @@ class Request:
     max_batch: int = 64
     kv_bytes: int = 0  # 0: as much as max_batch sequences can use
     expected_lengths: Sequence[float] = ()  # one a prompt, or none
+    max_new_tokens: Sequence[int] = ()  # one a prompt, or none: limits below that of params
+    drafts: Sequence[Sequence[int]] = ()  # one a sample, or none: tokens to try
     on_progress: OnProgress | None = None
     on_token: OnToken | None = None
+
+    def __post_init__(self) -> None:
+        samples = len(self.prompts) * self.params.n
+        _check_count("expected_lengths", self.expected_lengths, len(self.prompts), "prompt")
+        _check_count("max_new_tokens", self.max_new_tokens, len(self.prompts), "prompt")
+        _check_count("drafts", self.drafts, samples, "sample")
+        if low := [limit for limit in self.max_new_tokens if limit < 1]:
+            raise UserError(f"max_new_tokens has {low[0]}; a response needs at least one token")
+
+    def response_limit(self, sample: int) -> int:
+        """Longest response of a sample, apart from what the context leaves."""
+        limit = self.params.max_new_tokens
+        if self.max_new_tokens:
+            limit = min(limit, self.max_new_tokens[sample // self.params.n])
+        return limit
 
     @property
     def rows(self) -> list[list[int]]:
         """The prompt of every sample."""
         return [prompt for prompt in self.prompts for _ in range(self.params.n)]
+
+
+def _check_count(name: str, values: Sequence[object], expected: int, what: str) -> None:
+    if len(values) not in (0, expected):
+        raise UserError(
+            f"{name} has {len(values)} entries; give one a {what} ({expected}), or none"
+        )
 
 
 def check_prompts(prompts: list[list[int]], vocab_size: int, context: float) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from hybrid_engine.engine.program import ProgramBuilder
+from hybrid_engine.engine.reference_generate import reference_generate
+from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import CausalLM
 from tests.engine.rollouts import ONE_GREEDY, random_prompts, run
@@ -139,3 +141,16 @@ def test_binding_during_generation_is_refused(llama: CausalLM) -> None:
     builder.bind(program, 512)
     with pytest.raises(RuntimeError, match=r"unbind: generate\(\) is running"):
         program.generate([[1]], **ONE_GREEDY, on_progress=lambda *_: program.unbind())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_prompts_have_limits_of_their_own(llama: CausalLM, native: bool) -> None:
+    limits = [1, 9, 30, 99, 5, 12]
+    params = SamplingParams(n=2, max_new_tokens=30)
+    free = run(llama, PROMPTS, params)
+    if native:
+        tokens = run(llama, PROMPTS, params, prompt_max_new=limits).tokens
+    else:
+        request = Request(PROMPTS, params, [], list(range(12)), max_new_tokens=limits)
+        tokens = reference_generate(llama, request)["tokens"]
+    assert tokens == [row[: limits[i // 2]] for i, row in enumerate(free.tokens)]

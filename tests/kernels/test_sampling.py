@@ -179,12 +179,41 @@ def test_philox_known_answers(counter, key, words) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**40 + 3, -1])
 def test_kernel_draws_philox_uniforms(seed: int) -> None:
-    """Over equal logits the token is the uniform's ten leading bits (16 blocks of 64)."""
+    """Over equal logits the greatest uniform's block wins, and in it the greatest one's token."""
     ids = torch.tensor([0, 1, 2**31, 2**33 + 5, 2**62]).repeat_interleave(40)
     positions = torch.arange(200) * 16_000_000
     drawn = sample(torch.zeros(200, 1024), 1.0, 0, 1.0, seed, ids, positions)
-    uniform = reference.philox_uniform(seed, ids, positions)
-    assert torch.equal(drawn.token, (uniform * 1024).long())
+    for token, place in zip(drawn.token.tolist(), zip(ids.tolist(), positions.tolist())):
+        block = int(reference.philox_uniforms(seed, *place, 0, 0, 16).argmax())
+        begin = block * 64
+        clocks = reference.philox_uniforms(seed, *place, 1 << 31, begin, begin + 64)
+        assert token == begin + int(clocks.argmax())
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (50, 1.0), (0, 0.9), (100, 0.8)])
+def test_draws_are_those_of_the_reference(top_k: int, top_p: float) -> None:
+    logits = _logits(200, 1001)
+    ids, positions = torch.arange(200), torch.arange(200) % 7
+    arguments = (0.8, top_k, top_p, 5, ids, positions)
+    assert torch.equal(sample(logits, *arguments).token, reference.sample(logits, *arguments)[0])
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_small_change_of_the_distribution_rarely_changes_the_draw(top_p: float) -> None:
+    """Two races, each with another winner in at most 2 d of all draws, where d is the total
+    variation: of the blocks, and within the winner. Inverse transform has no such bound.
+    """
+    count, vocab = 4000, 20_000
+    row = _logits(1, vocab, spread=2.0, seed=1)
+    nudged = row + 0.02 * _logits(1, vocab, spread=1.0, seed=2)
+    ids, positions = torch.arange(count), torch.zeros(count, dtype=torch.int64)
+    before, after = (
+        sample(logits.expand(count, vocab), 1.0, 0, top_p, 0, ids, positions).token
+        for logits in (row, nudged)
+    )
+    variation = (row.softmax(-1) - nudged.softmax(-1)).abs().sum().item() / 2
+    changed = (before != after).double().mean().item()
+    assert 0 < changed < 4 * variation + 4 * math.sqrt(4 * variation / count)
 
 
 # Kept sets

@@ -58,11 +58,13 @@ def sample(
     sample_ids: Tensor,
     positions: Tensor,
 ) -> Sample:
-    """Draws one token a row, exactly, by inverse transform of one Philox uniform.
+    """Draws one token a row, exactly, as the winner of a race of exponential clocks.
 
     The order is temperature, top-k, then top-p on what top-k left, renormalised. Both keep every
-    logit at or above a threshold, so a tie at the threshold is kept whole. The uniform is keyed by
-    (seed, sample id, position): a sample's randomness depends on neither its batch nor its rank.
+    logit at or above a threshold, so a tie at the threshold is kept whole. The clocks' uniforms are
+    keyed by (seed, sample id, position): a sample's randomness depends on neither its batch nor its
+    rank. They belong to the tokens of the vocabulary, so the same key gives the same token under
+    distributions that differ little.
 
     Args:
         logits: ``[N, V]`` float32; ``-inf`` marks an impossible token.

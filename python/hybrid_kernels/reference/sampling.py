@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+_BLOCK = 64  # tokens of one block of the vocabulary
+_BLOCK_STREAM, _TOKEN_STREAM = 0, 1 << 31  # Philox streams of the clocks of blocks and of tokens
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -59,10 +62,9 @@ def sample(
     sample_ids: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Inverse-transform draw from each row's truncated distribution, one Philox uniform a row.
+    """A draw from each row's truncated distribution by two races of exponential clocks.
 
-    Same arguments and results as :func:`hybrid_kernels.ops.sampling.sample`, as a plain tuple. The
-    cumulative sum runs in float64 in vocabulary order.
+    Same arguments and results as :func:`hybrid_kernels.ops.sampling.sample`, as a plain tuple.
     """
     greedy = temperature == 0
     scale = 1.0 if greedy else as_float32(temperature)
@@ -71,42 +73,73 @@ def sample(
     threshold = kept_threshold(wide, scale, *truncation)
     weight = (wide / scale).softmax(-1)
     weight = weight.masked_fill(wide < threshold.unsqueeze(-1), 0.0)
-    cumulative = weight.cumsum(-1)
-    if greedy:
-        token = logits.argmax(-1)
-    else:
-        uniform = philox_uniform(seed, sample_ids, positions).to(cumulative.device)
-        aim = uniform.unsqueeze(-1) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, aim, right=True).squeeze(-1)
+    token = logits.argmax(-1) if greedy else _race(weight, seed, sample_ids, positions)
     logprob, entropy = token_logprobs(logits, token, scale)
-    kept_mass = cumulative[:, -1].to(logits.dtype)
+    kept_mass = weight.sum(-1).to(logits.dtype)
     return token, logprob, entropy, kept_mass, threshold.to(logits.dtype)
+
+
+def _race(weight: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
+    """Token of each row, drawn with probability proportional to ``weight [N, V]``: [N].
+
+    A clock of rate w rings at -log(u) / w. First the blocks race, then the winner's tokens.
+    """
+    rows, vocab = weight.shape
+    blocks = -(-vocab // _BLOCK)
+    padded = torch.nn.functional.pad(weight, (0, blocks * _BLOCK - vocab))
+    by_block = padded.view(rows, blocks, _BLOCK)
+    tokens = []
+    for row, sample, position in zip(
+        range(rows), sample_ids.tolist(), positions.tolist(), strict=True
+    ):
+        uniform = philox_uniforms(seed, sample, position, _BLOCK_STREAM, 0, blocks)
+        block = _first_to_ring(by_block[row].sum(-1), uniform)
+        begin = block * _BLOCK
+        uniform = philox_uniforms(seed, sample, position, _TOKEN_STREAM, begin, begin + _BLOCK)
+        tokens.append(begin + _first_to_ring(by_block[row, block], uniform))
+    return torch.tensor(tokens, dtype=torch.int64, device=weight.device)
+
+
+def _first_to_ring(rate: Tensor, uniform: Tensor) -> int:
+    return int((-uniform.log().to(rate.device) / rate).argmin())
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     """Philox4x32-10 of a 128-bit counter and a 64-bit key, 32-bit words (Salmon et al., 2011)."""
+    words = _philox([np.array([word], dtype=np.uint64) for word in counter], key)
+    return tuple(int(word[0]) for word in words)
+
+
+def _philox(counter: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
+    """Many counters at once: four arrays of words in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
+    mask, half = np.uint64(_MASK32), np.uint64(32)
     for _ in range(10):
-        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = (
-            (product1 >> 32) ^ c1 ^ k0,
-            product1 & _MASK32,
-            (product0 >> 32) ^ c3 ^ k1,
-            product0 & _MASK32,
+            (product1 >> half) ^ c1 ^ np.uint64(k0),
+            product1 & mask,
+            (product0 >> half) ^ c3 ^ np.uint64(k1),
+            product0 & mask,
         )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
-    return c0, c1, c2, c3
+    return [c0, c1, c2, c3]
 
 
-def philox_uniform(seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
-    """One uniform in (0, 1) with 52 random bits for each (sample, position): [N] float64.
+def philox_uniforms(
+    seed: int, sample: int, position: int, stream: int, begin: int, end: int
+) -> Tensor:
+    """Numbers begin to end - 1 of a token's stream: float64 in (0, 1) with 52 random bits.
 
-    Counter words are (position, 0, sample low, sample high); the key is the seed, low word first.
+    Counter words are (position, stream + number // 2, sample low, sample high); the key is the
+    seed, low word first. One counter gives two numbers. ``begin`` is even.
     """
-    key = (seed & _MASK32, (seed >> 32) & _MASK32)
-    uniforms = []
-    for sample, position in zip(sample_ids.tolist(), positions.tolist(), strict=True):
-        words = philox((position & _MASK32, 0, sample & _MASK32, (sample >> 32) & _MASK32), key)
-        uniforms.append((((words[0] << 32 | words[1]) >> 12) + 0.5) * 2.0**-52)
-    return torch.tensor(uniforms, dtype=torch.float64)
+    count = -(-(end - begin) // 2)
+    streams = np.arange(count, dtype=np.uint64) + np.uint64(stream + begin // 2)
+    fixed = (position & _MASK32, sample & _MASK32, (sample >> 32) & _MASK32)
+    place, low, high = (np.full(count, word, dtype=np.uint64) for word in fixed)
+    words = _philox([place, streams, low, high], (seed & _MASK32, (seed >> 32) & _MASK32))
+    bits = [(words[i] << np.uint64(32) | words[i + 1]) >> np.uint64(12) for i in (0, 2)]
+    pairs = np.stack(bits, axis=1).reshape(-1)[: end - begin]
+    return torch.from_numpy((pairs.astype(np.float64) + 0.5) * 2.0**-52)
