@@ -87,9 +87,10 @@ def test_the_engine_goes_on_after_an_interruption(llama: CausalLM) -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from hybrid_engine.engine import HybridEngine, SamplingParams, partial_rollout
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 engine = HybridEngine.from_pretrained(sys.argv[1], max_batch=4)
 params = SamplingParams(max_new_tokens=400, ignore_eos=True)
 limits = [2, 2, 2, 2] + [400] * 4000
