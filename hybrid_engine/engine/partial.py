@@ -27,10 +27,10 @@ class PartialRollout:
 def partial_rollout(error: BaseException) -> PartialRollout | None:
     """What `HybridEngine.generate` had finished when ``error`` ended it; None if it had not begun::
 
-    try:
-        rollout = engine.generate(prompts, params)
-    except KeyboardInterrupt as error:
-        partial = partial_rollout(error)
+        try:
+            rollout = engine.generate(prompts, params)
+        except KeyboardInterrupt as error:
+            partial = partial_rollout(error)
     """
     return getattr(error, _ATTRIBUTE, None)
 
