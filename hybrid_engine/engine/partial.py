@@ -25,7 +25,9 @@ class PartialRollout:
 
 
 def partial_rollout(error: BaseException) -> PartialRollout | None:
-    """What `HybridEngine.generate` had finished when ``error`` ended it; None if it had not begun::
+    """What `HybridEngine.generate` had finished when ``error`` ended it; None if it had not begun.
+
+    For example::
 
         try:
             rollout = engine.generate(prompts, params)
