@@ -38,7 +38,7 @@ def report(error: BaseException, log: Path | None = None) -> int:
         print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     code, message = describe(error, log)
-    if not left_for_launcher(message):
+    if not left_for_launcher(message, code):
         print(message, file=sys.stderr, flush=True)
     return code
 
@@ -67,10 +67,10 @@ def refusal(error: BaseException) -> int | None:
     return next((code for code in _REFUSALS if os.strerror(code) in str(error)), None)
 
 
-def left_for_launcher(message: str) -> bool:
+def left_for_launcher(message: str, code: int) -> bool:
     """Hands `message` to the launcher that started this process; false where there is none.
 
     A mistake in the command line comes before torch is imported, and then there is no launcher.
     """
     process_group = sys.modules.get("hybrid_engine.distributed.process_group")
-    return process_group is not None and process_group.report_failure(message, complete=True)
+    return process_group is not None and process_group.report_failure(message, code, complete=True)

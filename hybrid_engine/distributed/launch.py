@@ -128,7 +128,12 @@ class _Ranks:
         crashed = [rank for rank, code in enumerate(codes) if code and -code in _CRASHES]
         self._stop_others()
         failed = crashed[0] if crashed else self._earliest_report(default=first_exit)
-        code = self.processes[failed].returncode or self.processes[first_exit].returncode
+        # A rank that reported may have been stopped before it could exit with its own code.
+        code = (
+            self._report(failed).get("exit_code")
+            or self.processes[failed].returncode
+            or self.processes[first_exit].returncode
+        )
         if self.interrupts == 0:
             self._show(failed, code)
         return 128 - code if code < 0 else code

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -84,9 +85,10 @@ def current_world() -> World | None:
     return _world
 
 
-def report_failure(message: str, complete: bool = False) -> bool:
+def report_failure(message: str, exit_code: int, complete: bool = False) -> bool:
     """Leave this rank's error where the launcher looks for the earliest one.
 
+    The launcher may stop this rank before it exits by itself, so `exit_code` is said here too.
     A `complete` message says it all: the launcher shows it in place of the rank's last lines.
     Returns whether there is a launcher.
     """
@@ -95,7 +97,13 @@ def report_failure(message: str, complete: bool = False) -> bool:
         return False
     path = Path(directory) / f"rank-{rank_env().rank}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"time": time.time(), "message": message, "complete": complete}))
+    report = {
+        "time": time.time(),
+        "message": message,
+        "exit_code": exit_code,
+        "complete": complete,
+    }
+    partial.write_text(json.dumps(report))
     partial.replace(path)  # the launcher reads the whole of it or nothing
     return True
 
@@ -109,7 +117,8 @@ def _report_uncaught() -> None:
     def report_and_show(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        report_failure(f"{kind.__name__}: {error}")
+        exit_code = 128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1
+        report_failure(f"{kind.__name__}: {error}", exit_code)
         show(kind, error, trace)
 
     sys.excepthook = report_and_show

@@ -34,6 +34,18 @@ def second_rank_fails(directory, how):
     barrier("waiting for the rank that fails")
 
 
+def second_rank_is_stopped_after_its_report(directory, _):
+    from hybrid_engine.distributed.collectives import barrier
+    from hybrid_engine.distributed.process_group import report_failure
+
+    if rank() == 1:
+        report_failure("error: what came first", exit_code=2, complete=True)
+    barrier("the report is there")
+    if rank() == 1:
+        time.sleep(600)
+    sys.exit(3)
+
+
 def wait_for_the_end(directory, _):
     Path(directory, f"pid-{rank()}").write_text(str(os.getpid()))
     time.sleep(600)
@@ -85,6 +97,12 @@ def test_a_failing_rank_ends_the_run_with_its_error(tmp_path, how, code, shown):
     assert "rank 1 of 2" in done.stderr
     assert shown in done.stderr
     assert not any(alive(pid) for pid in pids(tmp_path))
+
+
+def test_a_rank_stopped_after_its_report_gives_its_own_exit_code(tmp_path):
+    done = run_ranks(f"{HERE}:second_rank_is_stopped_after_its_report", 2, str(tmp_path), "")
+    assert done.returncode == 2
+    assert done.stderr == "error: what came first\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
