@@ -118,13 +118,14 @@ struct Factor {
   Factor from(int64_t row, int64_t k) const { return {base + row * row_stride + k * depth_stride, row_stride, depth_stride}; }
 };
 
-// Memory that the next tile will read: fetched a cache line a row while this tile computes.
+// Memory that the next tile will read: fetched a cache line a row while this tile computes. Into L2: the lines come from
+// memory, and waiting for them in L1's few miss buffers would hold up this tile's own loads.
 struct Prefetch {
   const float* base = nullptr;
   int64_t stride = 0;
   int64_t rows = 0;
   void line(int64_t offset) const {
-    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(base + r * stride + offset, 0, 3);
+    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(base + r * stride + offset, 0, 2);
   }
 };
 
