@@ -30,6 +30,11 @@ class GenerationConfig(Options):
         "max_batch sequences can use",
         within="[0, inf)",
     )
+    reuse_responses: bool = option(
+        False,
+        "when a prompt comes back, draw from the same random stream and try the last answer as a "
+        "draft: fewer decoding steps for the same result, but answers that vary less over epochs",
+    )
     stop_token_ids: tuple[int, ...] = option(
         (), "further token ids that end an answer, besides the model's own", within="[0, inf)"
     )

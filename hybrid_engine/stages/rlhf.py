@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -15,7 +15,6 @@ from hybrid_engine.config import PPOConfig, RunConfig
 from hybrid_engine.data import Batches, PromptExample, SFTExample
 from hybrid_engine.distributed.collectives import all_gather_json, all_reduce_moments, is_main
 from hybrid_engine.engine.rollout import Rollout
-from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.rl.ema import EMA
 from hybrid_engine.rl.group import zero_std_groups
@@ -26,6 +25,7 @@ from hybrid_engine.run import Run
 from hybrid_engine.stages.cast import STAGE, Cast, Schedule, assemble, both_training
 from hybrid_engine.stages.heldout import Heldout, compare, measure, write_samples
 from hybrid_engine.stages.loop import Component, StageLoop, local_share
+from hybrid_engine.stages.rollouts import Rollouts
 from hybrid_engine.stages.scoring import Scored, Scorer
 from hybrid_engine.stages.update import Updater, hash_seed
 
@@ -58,13 +58,14 @@ def train_rlhf(run: Run) -> None:
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
     loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
+    rollouts = Rollouts(run, cast, data.train)
     updater = Updater(cast, config, demonstrations)
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = Heldout(**loop.remember(lambda: asdict(evaluate())))
         for iteration, indices in loop:
             prompts = [data.train[i] for i in local_share(indices)]
             rollout, scored, values = iterate(
-                run, scorer, updater, prompts, len(indices), iteration
+                run, rollouts, scorer, updater, prompts, indices, iteration
             )
             if ema is not None:
                 ema.update(cast.policy.local_parameters())
@@ -84,19 +85,20 @@ def train_rlhf(run: Run) -> None:
 
 def iterate(
     run: Run,
+    rollouts: Rollouts,
     scorer: Scorer,
     updater: Updater,
     prompts: list[PromptExample],
-    num_prompts: int,
+    indices: list[int],
     iteration: int,
 ) -> tuple[Rollout, Scored, dict[str, float]]:
-    """Generate, score, train: one rollout of `num_prompts` prompts, of which `prompts` are this
+    """Generate, score, train: one rollout of the prompts `indices`, of which `prompts` are this
     rank's.
     """
     cast, config = scorer.cast, run.config.rlhf
-    places, total = sample_places(num_prompts, config.generation.samples_per_prompt)
+    places, total = sample_places(len(indices), config.generation.samples_per_prompt)
     with run.reporter.phase("generate"), cast.actor.generation():
-        rollout = generate(cast, prompts, places, iteration, run)
+        rollout = rollouts(indices, iteration)
     with run.reporter.phase("score"):
         scored = scorer(rollout, prompts)
     with run.reporter.phase("train"), both_training(cast):
@@ -142,29 +144,6 @@ def sample_places(num_prompts: int, n: int) -> tuple[list[int], int]:
     """
     mine = local_share(range(num_prompts))
     return [place * n + k for place in mine for k in range(n)], num_prompts * n
-
-
-def generate(
-    cast: Cast, prompts: list[PromptExample], places: Sequence[int], iteration: int, run: Run
-) -> Rollout:
-    """Samples this rank's answers. A sample's random stream is named by its place in the whole
-    run.
-    """
-    generation = run.config.rlhf.generation
-    params = SamplingParams(
-        n=generation.samples_per_prompt,
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        seed=run.config.seed,
-        stop_token_ids=generation.stop_token_ids,
-    )
-    first = iteration * run.config.rlhf.samples_per_iteration
-    return cast.actor.generate(
-        [p.tokens for p in prompts],
-        params,
-        [first + place for place in places],
-        on_progress=run.reporter.tick,
-    )
 
 
 def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict[str, float]:
