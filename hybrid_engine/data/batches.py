@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Batches:
@@ -58,12 +61,12 @@ class Batches:
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
-def rank_share(indices: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th index.
+def rank_share(batch: Sequence[T], rank: int, world: int) -> list[T]:
+    """The part of a global batch that ``rank`` of ``world`` works on: every ``world``-th element.
 
     The shares are disjoint, together the whole, and differ in size by at most one; a batch shorter
     than ``world`` leaves some empty.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank_share: rank {rank} is outside a world of {world}")
-    return list(indices[rank::world])
+    return list(batch[rank::world])

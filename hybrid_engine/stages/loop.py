@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from hybrid_engine.checkpoint import RunState
 from hybrid_engine.data import Batches, rank_share
@@ -11,6 +11,8 @@ from hybrid_engine.distributed.collectives import rank, world_size
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.rl.ema import EMA
 from hybrid_engine.run import Run
+
+T = TypeVar("T")
 
 
 class Component(Protocol):
@@ -111,6 +113,6 @@ class StageLoop:
             self._checkpoints.save(step, state, self._engines, tensors)
 
 
-def local_share(indices: Sequence[int]) -> list[int]:
+def local_share(batch: Sequence[T]) -> list[T]:
     """This rank's part of a global batch."""
-    return rank_share(indices, rank(), world_size())
+    return rank_share(batch, rank(), world_size())
