@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from hybrid_engine import cli, failures
 from hybrid_engine.config import RunConfig
+from hybrid_engine.distributed.exit import end_process
 from hybrid_engine.errors import UserError
 
 
@@ -64,4 +65,4 @@ def already_launched() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -43,13 +43,14 @@ def results_of(function: str, world_size: int, directory: Path) -> list:
 
 def main() -> None:
     from hybrid_engine.distributed import process_group
+    from hybrid_engine.distributed.exit import end_process
 
     module, name = sys.argv[1].split(":")
     world = process_group.initialise()
     value = getattr(importlib.import_module(module), name)(*sys.argv[2:])
     if len(sys.argv) == 3:
         Path(sys.argv[2], f"{world.env.rank}.json").write_text(json.dumps(value))
-    process_group.shut_down()
+    end_process(0)
 
 
 if __name__ == "__main__":

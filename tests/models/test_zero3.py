@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_engine.distributed.exit import end_process
 from hybrid_engine.models import (
     CausalLM,
     LoRAConfig,
@@ -131,3 +132,4 @@ def test_two_ranks_equal_one(layout: str, tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     rank_of_two(sys.argv[1], Path(sys.argv[2]))
+    end_process(0)

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from hybrid_engine import train_rlhf
+from hybrid_engine.distributed.exit import end_process
 from hybrid_engine.distributed.launch import launch
 from hybrid_engine.report.files import MetricsFile
 
@@ -24,7 +25,7 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsFile.append = append_and_die
-    train_rlhf.main(sys.argv[3:])
+    end_process(train_rlhf.main(sys.argv[3:]))
 
 
 if __name__ == "__main__":
