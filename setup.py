@@ -2,14 +2,13 @@
 
 Where torch and ninja can be imported (``pip install --no-build-isolation .``) the native library
 is compiled ahead of time. Under build isolation they cannot: the wheel then carries the C++
-sources alone and compiles them at first use. ``HYBRID_KERNELS_BUILD=cpu`` insists on the former,
-``none`` on the latter.
+sources alone and compiles them at first use. ``HYBRID_KERNELS_BUILD=cpu`` or ``cuda`` insists on
+the former, ``none`` on the latter.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -40,13 +39,15 @@ _build = _load_build_module()
 
 
 def _ahead_of_time() -> bool:
-    mode = os.environ.get("HYBRID_KERNELS_BUILD", "auto")
-    if mode not in ("auto", "cpu", "none"):
-        sys.exit(f"HYBRID_KERNELS_BUILD={mode}: expected auto, cpu or none")
+    try:
+        mode = _build.build_mode()
+    except ValueError as error:
+        sys.exit(str(error))
     importable = all(importlib.util.find_spec(name) is not None for name in ("torch", "ninja"))
-    if mode == "cpu" and not importable:
+    if mode in ("cpu", "cuda") and not importable:
         sys.exit(
-            "HYBRID_KERNELS_BUILD=cpu needs torch and ninja: use pip install --no-build-isolation ."
+            f"HYBRID_KERNELS_BUILD={mode} needs torch and ninja: "
+            "use pip install --no-build-isolation ."
         )
     return mode != "none" and importable
 
@@ -76,7 +77,7 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(built, target)
-        key = _build.binary_key(CSRC, tools.torch_version)
+        key = _build.binary_key(CSRC, tools.torch_version, cuda=tools.nvcc is not None)
         target.with_name("_C.key").write_text(key + "\n")
 
     def get_outputs(self) -> list[str]:

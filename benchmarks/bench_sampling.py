@@ -50,6 +50,23 @@ def bench_sample(bench: Callable[..., None], rows: int, truncation: str) -> None
     )
 
 
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def bench_linear_sample(bench: Callable[..., None], rows: int, truncation: str) -> None:
+    """The head and the draw together; ``speedup`` is over torch's head, softmax and multinomial."""
+    width, (top_k, top_p) = 576, TRUNCATIONS[truncation]
+    hidden = 3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(VOCAB, width, generator=torch.Generator().manual_seed(1)) / width**0.5
+    ids, positions = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    bench(
+        lambda: ops.linear_sample(hidden, weight, 1.0, top_k, top_p, 0, ids, positions),
+        bytes=weight.numel() * FLOAT,
+        flops=2 * rows * weight.numel(),
+        baseline=lambda: _torch_sample(torch.nn.functional.linear(hidden, weight), top_k, top_p),
+        rounds=10,
+    )
+
+
 @by_provider
 def bench_token_logprobs(bench: Callable[..., None], provider: str) -> None:
     logits, targets = _logits(256), torch.arange(256)

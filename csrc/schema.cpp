@@ -50,14 +50,26 @@ TORCH_LIBRARY(hybrid_kernels, m) {
       "lora_unmerge_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scale, int[] splits,"
       " Tensor residual, Tensor escape_index, Tensor escape_value) -> ()");
 
-  // sampling: logits are divided by temperature in sampling and scoring alike
-  m.def("token_logprobs(Tensor logits, Tensor targets, float temperature) -> (Tensor logprob, Tensor entropy, Tensor lse)");
+  // sampling: logits are divided by temperature in sampling and scoring alike. Scores are over the logits that reach
+  // a threshold; the one that held comes back, lowered to the target's logit where that is less
+  m.def(
+      "token_logprobs(Tensor logits, Tensor targets, float temperature, Tensor? thresholds)"
+      " -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor threshold)");
   m.def(
       "token_logprobs_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor logits, Tensor targets, Tensor entropy,"
-      " Tensor lse, float temperature) -> Tensor");
+      " Tensor lse, Tensor thresholds, float temperature) -> Tensor");
   m.def(
       "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor sample_ids, Tensor positions)"
-      " -> (Tensor token, Tensor logprob, Tensor entropy, Tensor kept_mass, Tensor threshold)");
+      " -> (Tensor token, Tensor logprob, Tensor entropy, Tensor kept_mass, Tensor threshold, Tensor kept_logprob)");
+  // the same from hidden [N,K] and the head's weight [V,K], a tile of the vocabulary at a time; the backward works
+  // through chunk_rows rows at once
+  m.def(
+      "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, float temperature, Tensor? thresholds,"
+      " int chunk_rows) -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor threshold)");
+  m.def(
+      "linear_sample(Tensor hidden, Tensor weight, float temperature, int top_k, float top_p, int seed,"
+      " Tensor sample_ids, Tensor positions)"
+      " -> (Tensor token, Tensor logprob, Tensor entropy, Tensor kept_mass, Tensor threshold, Tensor kept_logprob)");
 
   // rlhf: per-token statistics of a batch of responses [B,T]
   m.def("gae(Tensor rewards, Tensor values, Tensor lengths, float gamma, float lam) -> (Tensor advantages, Tensor returns)");

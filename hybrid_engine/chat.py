@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,19 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="In the conversation: " + COMMANDS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("path", help="directory or hub name of a model, such as output/rlhf/actor")
+    parser.add_argument(
+        "path", help="directory or hub name of a model or an adapter, such as output/rlhf/actor"
+    )
+    parser.add_argument(
+        "--base-model", help="model that an adapter goes on, in place of the one that it names"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="bfloat16 halves the weights' memory and answers faster; rounding them loses accuracy "
+        "unless they were trained so",
+    )
     parser.add_argument("--prompt", help="answer this and leave, printing only the answer")
     parser.add_argument(
         "--raw",
@@ -240,6 +253,11 @@ def clean_stdout() -> Iterator[None]:
         deepspeed.disabled = before
 
 
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Without the place in this package that warns."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def load(options: argparse.Namespace) -> tuple[HybridEngine, SamplingParams]:
     from hybrid_engine.engine import HybridEngine, SamplingParams
 
@@ -250,11 +268,13 @@ def load(options: argparse.Namespace) -> tuple[HybridEngine, SamplingParams]:
         top_p=options.top_p,
         seed=options.seed,
     )
-    return HybridEngine.from_pretrained(options.path), params
+    engine = HybridEngine.from_pretrained(options.path, options.dtype, base=options.base_model)
+    return engine, params
 
 
 def run(options: argparse.Namespace) -> None:
-    with clean_stdout():
+    with clean_stdout(), warnings.catch_warnings():
+        warnings.showwarning = show_warning
         engine, params = load(options)
     encode, stop = make_encode(engine)
     context = engine.context_length

@@ -78,12 +78,12 @@ class Run:
         fine_tuned = self.output / "sft"
         if stage != "sft" and fine_tuned.is_dir():
             return str(fine_tuned)
-        return self.resolve(self.config.model.actor_model)
+        return self.starting_actor()
 
     def reward_source(self) -> str:
         """What the reward model is initialised from."""
         named = self.config.model.reward_model
-        return self.resolve(named) if named else self.policy_source("reward")
+        return self.resolve(named, "reward") if named else self.policy_source("reward")
 
     def trained_reward_model(self) -> str:
         """The reward model of step 2, or the one that the user brings.
@@ -120,32 +120,47 @@ class Run:
         if trained.is_dir():
             return str(trained)
         named = self.config.model.reward_model
-        return self.resolve(named) if named else None
+        return self.resolve(named, "reward") if named else None
 
-    def resolve(self, name: str) -> str:
-        if name != "demo":
+    def starting_actor(self) -> str:
+        """What --actor-model names."""
+        return self.resolve(self.config.model.actor_model, "actor")
+
+    def resolve(self, name: str, role: str) -> str:
+        """The directory or hub name of a model that the user names; an adapter is merged into its
+        base first, in OUTPUT/start.
+        """
+        if name == "demo":
+            from hybrid_engine.data.demo import ensure_demo_model
+
+            return str(ensure_demo_model())
+        if not names_adapter(name):
             return name
-        from hybrid_engine.data.demo import ensure_demo_model
+        from hybrid_engine.merged_start import merged_start
 
-        return str(ensure_demo_model())
+        directory = self.output / "start" / role
+        if merged_start(name, directory, self.config.model.dtype):
+            self.reporter.note(f"{name} is an adapter: merged with its base in {directory}")
+        return str(directory)
 
     # Loading
 
-    def load_policy(self, source: str) -> CausalLM | ForeignCausalLM:
+    def load_policy(self, source: str, dropout: bool = False) -> CausalLM | ForeignCausalLM:
+        """The policy to be trained; `dropout` says whether its adapters have theirs."""
         from hybrid_engine.models import load_causal_lm
 
         model = self.config.model
         policy = load_causal_lm(
-            source, model.dtype, self._lora(), model.trainable_layers, self.config.seed
+            source, model.dtype, self._lora(dropout), model.trainable_layers, self.config.seed
         )
         policy.gradient_checkpointing = model.gradient_checkpointing
         return policy
 
     def load_scalar(
-        self, source: str, trainable_layers: int = 0
+        self, source: str, trainable_layers: int = 0, dropout: bool = False
     ) -> ScalarModel | ForeignScalarModel:
         """A reward or value model: a trained one with its head, or a language model with a new
-        one. `trainable_layers` 0 takes the policy's.
+        one. `trainable_layers` 0 takes the policy's; `dropout` as for it.
         """
         from hybrid_engine.models import load_scalar_model
 
@@ -153,18 +168,26 @@ class Run:
         scalar = load_scalar_model(
             source,
             model.dtype,
-            self._lora(),
+            self._lora(dropout),
             trainable_layers or model.trainable_layers,
             self.config.seed,
         )
         scalar.gradient_checkpointing = model.gradient_checkpointing
         return scalar
 
-    def _lora(self) -> LoRAConfig | None:
+    def _lora(self, dropout: bool) -> LoRAConfig | None:
         from hybrid_engine.models import LoRAConfig
 
         model = self.config.model
-        return LoRAConfig(model.lora_r, model.lora_alpha) if model.lora_r else None
+        if not model.lora_r:
+            return None
+        return LoRAConfig(
+            model.lora_r,
+            model.lora_alpha,
+            model.lora_dropout if dropout else 0.0,
+            model.lora_target_modules,
+            model.lora_rslora,
+        )
 
     def load_frozen(self, load: Callable[..., Any], source: str) -> Any:
         """A model that is only asked, never trained: `load` is load_causal_lm or
@@ -245,10 +268,27 @@ class Run:
         tokenizer: Any,
         replace: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes a Hugging Face directory; `replace` holds averaged parameters to show in place of
-        the trained ones.
+        """Writes step 3's models: Hugging Face directories, or adapters in PEFT's format; `replace`
+        holds averaged parameters to show in place of the trained ones.
         """
-        from hybrid_engine.models import save_model
+        from hybrid_engine.models import save_adapter, save_model
 
         with engine.parameters_replaced(replace or {}):
-            save_model(cast("AnyModel", engine.module), directory, tokenizer)
+            if self.config.model.lora_r:
+                merged = self.config.model.lora_merge
+                save_adapter(cast("AnyModel", engine.module), directory, tokenizer, merged)
+            else:
+                save_model(cast("AnyModel", engine.module), directory, tokenizer)
+
+    def save_start(self, engine: TrainEngine, directory: Path, tokenizer: Any) -> None:
+        """Writes a model that later steps start from: whole, with its adapter in `adapter/`."""
+        from hybrid_engine.models import save_model
+
+        save_model(cast("AnyModel", engine.module), directory, tokenizer, adapter=True)
+
+
+def names_adapter(name: str) -> bool:
+    """Whether a path or hub name leads to a PEFT adapter."""
+    from hybrid_engine.models.checkpoint_files import is_adapter, locate_any
+
+    return is_adapter(locate_any(name))

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -273,6 +274,36 @@ def test_one_answer_equals_the_engines(tiny_path, capsys):
     from hybrid_engine.report.text import printable
 
     assert answer(capsys, tiny_path, "--raw", "--temperature", "0") == printable(text) + "\n"
+
+
+def test_weights_are_loaded_in_the_dtype_asked_for(tiny_path):
+    from hybrid_engine.chat import arguments, load
+
+    for options, dtype in ([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16):
+        engine, _ = load(arguments([str(tiny_path), *options]))
+        assert {parameter.dtype for parameter in engine.model.parameters()} == {dtype}
+
+
+def test_an_adapter_talks(tiny_path, tmp_path, capsys):
+    from hybrid_engine.models import LoRAConfig, adapted_linears, load_causal_lm, save_adapter
+
+    model = load_causal_lm(tiny_path, lora=LoRAConfig(4, 64.0))
+    for _, linear in adapted_linears(model):
+        torch.nn.init.normal_(linear.lora_b)
+    save_adapter(model, tmp_path / "adapter")
+    greedy = ("--raw", "--temperature", "0")
+    adapted = answer(capsys, tmp_path / "adapter", *greedy)
+    assert adapted == answer(capsys, tmp_path / "adapter", *greedy, "--base-model", str(tiny_path))
+    assert adapted != answer(capsys, tiny_path, *greedy)
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace("base_sha256", "something"))
+    assert main([str(tmp_path / "adapter"), "--prompt", "Hello", *greedy]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(adapted[:5])
+    assert shown.err.startswith(f"warning: {settings} records no hash of its base")
+    assert shown.err.count("\n") == 1
+    assert main([str(tiny_path), "--prompt", "Hello", "--base-model", str(tiny_path)]) == 1
+    assert "only an adapter takes a base" in capsys.readouterr().err
 
 
 def test_seed_decides_the_answer(tiny_path, capsys):

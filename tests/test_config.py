@@ -42,6 +42,7 @@ BAD = {
     "keep_checkpoints": [0],
     "model.lora_alpha": [0.0],
     "model.lora_r": [-1],
+    "model.lora_dropout": [-0.1, 1.0],
     "model.trainable_layers": [-1],
     "data.heldout_fraction": [0.0, 1.0],
     "data.max_rows": [-1],
@@ -144,3 +145,24 @@ def test_an_adaptive_coefficient_needs_room():
     message = refusal({**batch, "rlhf.kl.target": 6.0})
     assert message.startswith("rlhf.kl.horizon (63) is below the 64 samples of an iteration")
     build({**batch, "rlhf.kl.target": 6.0, "rlhf.kl.horizon": 64})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.lora_alpha", 32.0),
+        ("model.lora_dropout", 0.1),
+        ("model.lora_target_modules", ("q_proj",)),
+        ("model.lora_rslora", True),
+        ("model.lora_merge", True),
+        ("rlhf.generation.merge_adapters", True),
+    ],
+)
+def test_settings_of_adapters_need_adapters(path, value):
+    assert "model.lora_r is 0" in refusal({path: value})
+    build({path: value, "model.lora_r": 4})
+
+
+def test_adapters_need_layers():
+    message = refusal({"model.lora_r": 4, "model.lora_target_modules": ()})
+    assert message.startswith("model.lora_target_modules is empty")

@@ -22,7 +22,8 @@ std::string bracketed(at::IntArrayRef sizes) {
 }  // namespace
 
 Dims& Dims::expect(const at::Tensor& tensor, const char* name, Shape shape, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.is_cpu(), op_, ": ", name, " is on ", tensor.device().str(), "; expected cpu");
+  TORCH_CHECK_VALUE(tensor.device().type() == device_, op_, ": ", name, " is on ", tensor.device().str(), "; expected ",
+                    c10::DeviceTypeName(device_, /*lower_case=*/true));
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, op_, ": ", name, " has dtype ", c10::toString(tensor.scalar_type()),
                     "; expected ", c10::toString(dtype));
   const size_t already_bound = bindings_.size();

@@ -20,9 +20,9 @@ class Dims {
  public:
   using Shape = std::initializer_list<const char*>;
 
-  explicit Dims(const char* op) : op_(op) {}
+  explicit Dims(const char* op, at::DeviceType device = at::kCPU) : op_(op), device_(device) {}
 
-  // Checks device (CPU), dtype and shape. A symbol's first appearance binds it. "..." as the first symbol stands for any number
+  // Checks device, dtype and shape. A symbol's first appearance binds it. "..." as the first symbol stands for any number
   // of leading sizes; a symbol made of digits is that size itself. Throws c10::ValueError (ValueError in Python).
   Dims& expect(const at::Tensor& tensor, const char* name, Shape shape, at::ScalarType dtype = at::kFloat);
   Dims& expect(const std::optional<at::Tensor>& tensor, const char* name, Shape shape, at::ScalarType dtype = at::kFloat);
@@ -44,6 +44,7 @@ class Dims {
   std::string expectation(Shape shape, size_t already_bound) const;
 
   const char* op_;
+  at::DeviceType device_;
   std::vector<Binding> bindings_;
 };
 

@@ -30,9 +30,13 @@ inline Vec exp(Vec x) {
   const Vec n = shifted - kMagic;
   const Vec r = fma(n, -kLn2Low, fma(n, -kLn2High, x));
   const Vec e = fma(r * r, polynomial(r, kTail), r) + 1.0f;
+#if defined(__AVX512F__)  // rounds once, as the two steps below do, whose first is exact
+  return Vec(static_cast<Vec::Float>(_mm512_maskz_scalef_ps(0xffff, e.v, n.v)));
+#else
   const Vec::Int whole = as_int(shifted) - as_int(Vec(kMagic));
   const Vec::Int half = whole >> 1;  // two steps reach denormals and infinity
   return e * power_of_two(half) * power_of_two(whole - half);
+#endif
 }
 
 // 1 / (1 + e^-x).

@@ -1,21 +1,27 @@
-// One parallel loop for every CPU kernel. Threads split outputs, never reductions, so results do not depend on their number.
+// One parallel loop for every CPU kernel. Threads split outputs; where they share a sum, its parts and their order are fixed
+// (attention's key tiles). So results do not depend on their number.
 #pragma once
-#include <omp.h>
-
 #include <cstdint>
 
 namespace hybrid {
 
+// Threads that a parallel_for here would use: those of the pool inside a PoolRegion (common/thread_pool.h), else those of
+// torch's own OpenMP team (torch.set_num_threads applies); one inside a task, whose own loops run serially.
+int64_t thread_count();
+
+using Task = void (*)(const void* closure, int64_t task);
+
+// Runs task(closure, i) for i in [0, tasks); the first exception, if any, is thrown here once all tasks have ended.
+void run_tasks(int64_t tasks, Task task, const void* closure);
+
 // Runs fn(task) for task in [0, tasks). Tasks are handed out one at a time: make each worth at least a few microseconds.
-// The team is torch's own OpenMP team (torch.set_num_threads applies). A nested call runs serially.
 template <typename Fn>
 void parallel_for(int64_t tasks, const Fn& fn) {
-  if (tasks <= 1 || omp_get_max_threads() == 1 || omp_in_parallel()) {
-    for (int64_t task = 0; task < tasks; ++task) fn(task);
-    return;
+  if (tasks == 1) {
+    fn(0);
+  } else if (tasks > 1) {
+    run_tasks(tasks, [](const void* fn, int64_t task) { (*static_cast<const Fn*>(fn))(task); }, &fn);
   }
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t task = 0; task < tasks; ++task) fn(task);
 }
 
 }  // namespace hybrid

@@ -34,7 +34,9 @@ HYBRID_HD inline Philox4 philox(uint64_t seed, uint64_t sample, uint32_t positio
 
 // One of two uniform doubles in (0, 1) with 52 random bits: never 0, never 1.
 HYBRID_HD inline double uniform_of(const Philox4& random, int which) {
-  const uint64_t bits = ((uint64_t{random.word[2 * which]} << 32) | random.word[2 * which + 1]) >> 12;  // 52 bits
+  const uint32_t high = which == 0 ? random.word[0] : random.word[2];  // no index: a GPU has none for registers
+  const uint32_t low = which == 0 ? random.word[1] : random.word[3];
+  const uint64_t bits = ((uint64_t{high} << 32) | low) >> 12;  // 52 bits
   return (static_cast<double>(bits) + 0.5) * 0x1.0p-52;
 }
 

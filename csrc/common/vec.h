@@ -58,8 +58,18 @@ struct Vec {
 
 inline Vec select(Vec::Mask mask, Vec a, Vec b) { return Vec(mask ? a.v : b.v); }
 inline Vec::Mask is_nan(Vec a) { return a.v != a.v; }
-inline Vec max(Vec a, Vec b) { return Vec(a.v > b.v ? a.v : b.v); }  // b where either is NaN
-inline Vec min(Vec a, Vec b) { return Vec(a.v < b.v ? a.v : b.v); }  // b where either is NaN
+
+// Both give b where either is NaN, and where both are zero: a > b ? a : b, which is one instruction on x86.
+#if defined(__AVX512F__)  // with a full mask: GCC's unmasked forms warn of an uninitialised operand wherever they are inlined
+inline Vec max(Vec a, Vec b) { return Vec(static_cast<Vec::Float>(_mm512_maskz_max_ps(0xffff, a.v, b.v))); }
+inline Vec min(Vec a, Vec b) { return Vec(static_cast<Vec::Float>(_mm512_maskz_min_ps(0xffff, a.v, b.v))); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return Vec(static_cast<Vec::Float>(_mm256_max_ps(a.v, b.v))); }
+inline Vec min(Vec a, Vec b) { return Vec(static_cast<Vec::Float>(_mm256_min_ps(a.v, b.v))); }
+#else
+inline Vec max(Vec a, Vec b) { return Vec(a.v > b.v ? a.v : b.v); }
+inline Vec min(Vec a, Vec b) { return Vec(a.v < b.v ? a.v : b.v); }
+#endif
 
 inline Vec::Int as_int(Vec a) { return reinterpret_cast<Vec::Int>(a.v); }
 inline Vec as_float(Vec::Int a) { return Vec(reinterpret_cast<Vec::Float>(a)); }
@@ -79,22 +89,26 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Reductions halve the vector until one lane is left: one fixed order.
+// Reductions halve the vector until one lane is left, lane i taking in lane i + half: one fixed order, in registers.
+template <typename Op>
+inline float reduce(Vec a, const Op& op) {
+#if defined(__AVX512F__)
+  const __m256 eight = op(_mm512_maskz_extractf32x8_ps(0xff, a.v, 0), _mm512_maskz_extractf32x8_ps(0xff, a.v, 1));
+#elif defined(__AVX2__)
+  const __m256 eight = a.v;
+#endif
+#if defined(__AVX2__)
+  const __m128 four = op(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+  const Vec::Float four = a.v;
+#endif
+  return op(op(four[0], four[2]), op(four[1], four[3]));
+}
 inline float reduce_add(Vec a) {
-  float lanes[kVecWidth];
-  a.store(lanes);
-  for (int half = kVecWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return reduce(a, [](auto x, auto y) { return x + y; });
 }
 inline float reduce_max(Vec a) {
-  float lanes[kVecWidth];
-  a.store(lanes);
-  for (int half = kVecWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  }
-  return lanes[0];
+  return reduce(a, [](auto x, auto y) { return x > y ? x : y; });
 }
 
 #if defined(__AVX512F__)

@@ -14,6 +14,7 @@
 
 #include "engine/decode_program.h"
 #include "engine/engine.h"
+#include "linear/weight_tensor.h"
 
 namespace py = pybind11;
 
@@ -74,9 +75,9 @@ TensorView view_of(const std::string& name, const at::Tensor& tensor) {
     if (!ok) throw py::value_error("bind: parameter '" + name + "' expected " + expected + ", got " + got);
   };
   expect(tensor.device().is_cpu(), "a CPU tensor", tensor.device().str());
-  expect(tensor.scalar_type() == at::kFloat, "float32", c10::toString(tensor.scalar_type()));
+  expect(tensor.scalar_type() == weight_type(tensor), "float32 or bfloat16", c10::toString(tensor.scalar_type()));
   expect(tensor.is_contiguous(), "a contiguous tensor", "one with other strides");
-  return {tensor.const_data_ptr<float>(), tensor.sizes().vec()};
+  return {weight_of(tensor), tensor.sizes().vec()};
 }
 
 // One value a token, all responses end to end.
@@ -123,6 +124,8 @@ py::dict result_to_dict(const GenerateResult& result) {
                   "logprobs"_a = flatten<float>(responses, &Response::logprobs, at::kFloat),
                   "entropies"_a = flatten<float>(responses, &Response::entropies, at::kFloat),
                   "kept_mass"_a = flatten<float>(responses, &Response::kept_mass, at::kFloat),
+                  "thresholds"_a = flatten<float>(responses, &Response::thresholds, at::kFloat),
+                  "kept_logprobs"_a = flatten<float>(responses, &Response::kept_logprobs, at::kFloat),
                   "offsets"_a = offsets_of(responses), "finish_reasons"_a = reasons,
                   "counters"_a = counters_to_dict(result.counters));
 }
@@ -237,7 +240,7 @@ void register_program(py::module_& m) {
   py::class_<BoundProgram>(m, "DecodeProgram", "Generates from a decoder's own parameters; see csrc/engine.")
       .def(py::init<const py::dict&>(), py::arg("spec"))
       .def("bind", &BoundProgram::bind, py::arg("tensors"), py::arg("lora_scales") = std::map<std::string, float>{},
-           "Takes the data pointers of float32 CPU tensors; copies nothing and keeps them alive until unbind().")
+           "Takes the data pointers of float32 or bfloat16 CPU tensors; keeps them alive until unbind().")
       .def("unbind", &BoundProgram::unbind)
       .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
       .def("release_cache", &BoundProgram::release_cache, "Frees the KV cache that keep_cache=True kept.")

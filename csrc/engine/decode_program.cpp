@@ -9,6 +9,7 @@
 
 #include "common/kernel_memory.h"
 #include "common/parallel.h"
+#include "common/thread_pool.h"
 
 namespace hybrid {
 namespace {
@@ -108,47 +109,33 @@ class Rollout {
   }
 
   void run_forward(double decoding_share) {
-    decoding_share_ = decoding_share;
-    timed_forward([&] { forward_.run(pass_); });
-  }
-
-  template <typename Fn>
-  void timed_forward(const Fn& fn) {
     double seconds = 0;
     {
       const Timer timer(seconds);
-      fn();
+      forward_.run(pass_);
     }
-    result_.counters.decode_seconds += seconds * decoding_share_;
-    result_.counters.prefill_seconds += seconds * (1 - decoding_share_);
+    result_.counters.decode_seconds += seconds * decoding_share;
+    result_.counters.prefill_seconds += seconds * (1 - decoding_share);
   }
 
-  // Draws a token for each of draws_, as many rows of logits at a time as there is memory for.
+  // Draws a token for each of draws_, as many rows of the head at a time as there is memory for. A token's random numbers
+  // belong to (seed, sample id, place in the response): batch, slot and prompt length do not enter.
   void draw() {
+    const Timer timer(result_.counters.sampling_seconds);
     sampled_.resize(draws_.size());
     const auto rows = static_cast<int64_t>(pass_.logit_rows.size());
     size_t begin = 0;
     for (int64_t first = 0; first < rows; first += forward_.max_logit_rows()) {
       const int64_t count = std::min(forward_.max_logit_rows(), rows - first);
-      const float* logits = nullptr;
-      timed_forward([&] { logits = forward_.logits(first, count); });
-      size_t end = begin;
-      while (end < draws_.size() && draws_[end].logit_row < first + count) ++end;
-      sample(logits, first, begin, end);
-      begin = end;
+      head_draws_.clear();
+      for (size_t i = begin; i < draws_.size() && draws_[i].logit_row < first + count; ++i) {
+        const Draw& draw = draws_[i];
+        head_draws_.push_back(
+            {draw.logit_row - first, request_.sample_ids[draw.sample], static_cast<uint32_t>(draw.position)});
+      }
+      forward_.draw(first, count, request_.rule, head_draws_, sampled_.data() + begin);
+      begin += head_draws_.size();
     }
-  }
-
-  // draws_[begin, end), whose logits start at row `first`. A token's random number belongs to (seed, sample id, place in
-  // the response): batch, slot and prompt length do not enter.
-  void sample(const float* logits, int64_t first, size_t begin, size_t end) {
-    const Timer timer(result_.counters.sampling_seconds);
-    const int64_t vocab = forward_.vocab_size();
-    parallel_for(static_cast<int64_t>(end - begin), [&](int64_t i) {
-      const Draw& draw = draws_[begin + i];
-      sampled_[begin + i] = sample_row(logits + (draw.logit_row - first) * vocab, vocab, request_.rule,
-                                       request_.sample_ids[draw.sample], static_cast<uint32_t>(draw.position));
-    });
   }
 
   // Appends what was drawn to the responses: of a draft's rows, up to the first token that is not the draft's, because
@@ -199,6 +186,8 @@ class Rollout {
     response.logprobs.push_back(drawn.logprob);
     response.entropies.push_back(drawn.entropy);
     response.kept_mass.push_back(drawn.kept_mass);
+    response.thresholds.push_back(drawn.threshold);
+    response.kept_logprobs.push_back(drawn.kept_logprob);
     drawn_.push_back({sample, drawn.token});
     ++tokens_;
     const bool stopped =
@@ -220,9 +209,9 @@ class Rollout {
   Pass pass_;
   std::vector<int64_t> tokens_of_rows_;
   std::vector<Draw> draws_;
+  std::vector<HeadSampler::Draw> head_draws_;
   std::vector<Sampled> sampled_;   // one a draw
   std::vector<DrawnToken> drawn_;  // what was kept of them
-  double decoding_share_ = 0;      // of the rows of the pass
   int64_t done_ = 0, tokens_ = 0;
 };
 
@@ -235,7 +224,7 @@ void require_at_least(int64_t least, int64_t value, const char* name) {
           std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
 }
 
-// Rows of logits at a time: the head is near its full rate, and a vocabulary of 50,000 takes 25 MB.
+// Rows of the head at a time: it is near its full rate, and a vocabulary of 50,000 takes 3 MB.
 constexpr int64_t kHeadRows = 128;
 
 // The most rows beyond those of decoding samples that one pass can have.
@@ -362,6 +351,7 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
   const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
   Forward forward(spec_, *weights_, arena, prefill_rows + batch, logit_rows);
+  const PoolRegion threads;
   GenerateResult result = Rollout(request, queue, scheduler, forward).run(between_passes);
   result.counters.block_bytes = KvArena::block_bytes(arena.layout(), spec_.num_layers);
   result.counters.arena_blocks = blocks;

@@ -40,7 +40,7 @@ enum class FinishReason : uint8_t { kUnfinished, kStop, kLength };
 
 struct Response {
   std::vector<int64_t> tokens;
-  std::vector<float> logprobs, entropies, kept_mass;
+  std::vector<float> logprobs, entropies, kept_mass, thresholds, kept_logprobs;
   FinishReason reason = FinishReason::kUnfinished;
 };
 
@@ -52,9 +52,9 @@ struct GenerateCounters {
   int64_t prefill_tokens = 0, recomputed_tokens = 0, decode_tokens = 0, draft_tokens = 0;
   int64_t draft_accepted = 0;  // response tokens that a draft had right
   int64_t preemptions = 0;
-  // A pass with both kinds of rows counts to each by its share of the rows.
+  // Without the head. A pass with both kinds of rows counts to each by its share of the rows.
   double prefill_seconds = 0, decode_seconds = 0;
-  double sampling_seconds = 0;
+  double sampling_seconds = 0;  // the head, and the draws from it
   int64_t block_bytes = 0, arena_blocks = 0, peak_blocks = 0;
   int64_t scratch_bytes = 0;  // activations of a pass, and what kernels keep in all threads
 };

@@ -40,13 +40,13 @@ Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& 
       mlp_in_(max_rows * spec.mlp_in_size()),
       activated_(spec.gated_mlp ? max_rows * spec.intermediate_size : 0),
       low_rank_(max_rows * weights.max_lora_columns),
-      logits_(max_logit_rows * spec.vocab_size),
+      sampler_(spec.vocab_size, max_logit_rows),
       max_logit_rows_(max_logit_rows) {}
 
 int64_t Forward::scratch_bytes() const {
   int64_t bytes = 0;
   for (const FloatBuffer* buffer :
-       {&hidden_, &delta_, &normed_, &embedded_, &qkv_, &attended_, &mlp_in_, &activated_, &low_rank_, &logits_}) {
+       {&hidden_, &delta_, &normed_, &embedded_, &qkv_, &attended_, &mlp_in_, &activated_, &low_rank_}) {
     bytes += buffer->bytes();
   }
   return bytes;
@@ -74,11 +74,23 @@ void Forward::find_slots(const Pass& pass) {
   }
 }
 
+namespace {
+
+void copy_row(const Weight& table, int64_t row, int64_t width, float* to) {
+  if (table.type == Weight::Type::kFloat32) {
+    std::copy_n(static_cast<const float*>(table.data) + row * width, width, to);
+  } else {
+    widen(static_cast<const BFloat16*>(table.data) + row * width, width, to);
+  }
+}
+
+}  // namespace
+
 void Forward::embed(const Pass& pass) {
   const int64_t width = spec_.embed_dim;
   float* target = spec_.projects_embedding() ? embedded_.data() : hidden_.data();
   for (int64_t row = 0; row < pass.rows(); ++row) {
-    std::copy_n(weights_.embed_tokens + pass.tokens[row] * width, width, target + row * width);
+    copy_row(weights_.embed_tokens, pass.tokens[row], width, target + row * width);
   }
   if (spec_.projects_embedding()) linear_layer(weights_.project_in, embedded_.data(), pass.rows(), hidden_.data());
   if (weights_.embed_positions == nullptr) return;
@@ -209,7 +221,8 @@ void Forward::gather(const std::vector<int64_t>& logit_rows) {
   }
 }
 
-float* Forward::logits(int64_t first, int64_t count) {
+// What the head reads of `count` logit rows: [count, embed_dim].
+const float* Forward::finish(int64_t first, int64_t count) {
   const int64_t width = spec_.hidden_size;
   float *hidden = hidden_.data() + first * width, *delta = delta_.data() + first * width;
   const float* last = hidden;
@@ -223,8 +236,18 @@ float* Forward::logits(int64_t first, int64_t count) {
     linear_layer(weights_.project_out, last, count, embedded_.data());
     last = embedded_.data();
   }
-  linear_layer(weights_.head, last, count, logits_.data());
-  return logits_.data();
+  return last;
+}
+
+void Forward::draw(int64_t first, int64_t count, const SamplingRule& rule, std::span<const HeadSampler::Draw> draws,
+                   Sampled* sampled) {
+  const HeadArgs head{.x = finish(first, count),
+                      .ldx = spec_.embed_dim,
+                      .weight = weights_.head,
+                      .rows = count,
+                      .vocab = spec_.vocab_size,
+                      .width = spec_.embed_dim};
+  sampler_.draw(head, rule, draws, sampled);
 }
 
 void Forward::linear_layer(const LinearWeights& layer, const float* x, int64_t rows, float* y) {

@@ -3,12 +3,14 @@
 // row result is independent of the other rows, a token gets the same bits here as there.
 #pragma once
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "engine/buffer.h"
 #include "engine/kv_blocks.h"
 #include "engine/spec.h"
 #include "engine/weights.h"
+#include "sampling/head.h"
 
 namespace hybrid {
 
@@ -36,13 +38,14 @@ class Forward {
   Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
           int64_t max_logit_rows);
 
-  // Appends the rows to the cache, and keeps the hidden states of the pass's logit rows for logits().
+  // Appends the rows to the cache, and keeps the hidden states of the pass's logit rows for draw().
   void run(const Pass& pass);
-  // Logits [count, vocab] of the pass's logit rows [first, first + count), valid until the next call; each row once.
-  float* logits(int64_t first, int64_t count);
+  // Draws from the distributions after the pass's logit rows [first, first + count); draws[i].row counts from `first`.
+  // Each logit row once, and at most max_logit_rows() in a call.
+  void draw(int64_t first, int64_t count, const SamplingRule& rule, std::span<const HeadSampler::Draw> draws,
+            Sampled* sampled);
   int64_t max_logit_rows() const { return max_logit_rows_; }
-  int64_t vocab_size() const { return spec_.vocab_size; }
-  int64_t scratch_bytes() const;
+  int64_t scratch_bytes() const;  // without what counts as kernel memory
 
  private:
   void find_slots(const Pass& pass);
@@ -55,6 +58,7 @@ class Forward {
   void attend(const Pass& pass, int64_t layer);
   void mlp(const BlockWeights& block, const float* x, int64_t rows);
   void gather(const std::vector<int64_t>& logit_rows);
+  const float* finish(int64_t first, int64_t count);
   void linear_layer(const LinearWeights& linear, const float* x, int64_t rows, float* y);
   // y = norm(x + residual), residual += x; without a residual y = norm(x).
   void norm(const NormWeights& weights, float* x, float* residual, float* y, int64_t rows);
@@ -65,7 +69,7 @@ class Forward {
   std::vector<int64_t> slots_;  // where each row's key and value go, in any layer
   // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
   FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
-  FloatBuffer logits_;  // [max_logit_rows, vocab]
+  HeadSampler sampler_;
   int64_t max_logit_rows_;
 };
 

@@ -84,7 +84,7 @@ class Scheduler {
     int64_t first_sample;
     int64_t computed = 0;       // rows that some pass has computed
     int64_t waiting = 0;        // samples in waiting_
-    std::vector<int32_t> held;  // blocks of the whole prompt while samples wait for them
+    std::vector<int32_t> held{};  // blocks of the whole prompt while samples wait for them
   };
   struct Waiting {
     int64_t prompt, sample;

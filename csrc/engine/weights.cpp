@@ -1,6 +1,8 @@
 #include "engine/weights.h"
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -15,22 +17,41 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 class Resolver {
  public:
-  Resolver(const TensorTable& table, const std::map<std::string, float>& lora_scales)
-      : table_(table), lora_scales_(lora_scales) {}
+  // `widened` takes the floats of parameters that are stored as bfloat16 and read as float.
+  Resolver(const TensorTable& table, const std::map<std::string, float>& lora_scales,
+           std::vector<std::unique_ptr<float[]>>& widened)
+      : table_(table), lora_scales_(lora_scales), widened_(widened) {}
 
-  const float* required(const std::string& name, const std::vector<int64_t>& shape) {
-    const float* data = optional(name, shape);
-    if (data == nullptr) {
+  // A matrix, read as it is stored; data is nullptr where it may be missing and is.
+  Weight optional_matrix(const std::string& name, const std::vector<int64_t>& shape) {
+    const TensorView* view = find(name);
+    if (view == nullptr) return {};
+    expect(view->shape == shape, name, shape_text(shape), *view);
+    return view->data;
+  }
+
+  Weight required_matrix(const std::string& name, const std::vector<int64_t>& shape) {
+    const Weight matrix = optional_matrix(name, shape);
+    if (matrix.data == nullptr) {
       throw std::invalid_argument("bind: missing parameter '" + name + "', expected shape " + shape_text(shape));
     }
-    return data;
+    return matrix;
   }
 
   const float* optional(const std::string& name, const std::vector<int64_t>& shape) {
-    const TensorView* view = find(name);
-    if (view == nullptr) return nullptr;
-    expect(view->shape == shape, name, shape_text(shape), *view);
-    return view->data;
+    return as_floats(optional_matrix(name, shape), shape);
+  }
+
+  const float* required(const std::string& name, const std::vector<int64_t>& shape) {
+    return as_floats(required_matrix(name, shape), shape);
+  }
+
+  const float* as_floats(const Weight& weight, const std::vector<int64_t>& shape) {
+    if (weight.type == Weight::Type::kFloat32) return static_cast<const float*>(weight.data);
+    const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    widened_.push_back(std::make_unique<float[]>(count));
+    widen(static_cast<const BFloat16*>(weight.data), count, widened_.back().get());
+    return widened_.back().get();
   }
 
   // A position table: its owner chooses how many rows it has.
@@ -52,7 +73,7 @@ class Resolver {
 
   LinearWeights linear(const std::string& name, int64_t N, int64_t K, std::vector<int64_t> splits) {
     LinearWeights linear;
-    linear.weight = required(name + ".weight", {N, K});
+    linear.weight = required_matrix(name + ".weight", {N, K});
     linear.bias = optional(name + ".bias", {N});
     linear.N = N;
     linear.K = K;
@@ -75,6 +96,10 @@ class Resolver {
     const auto b = table_.find(name + ".lora_b");
     linear.lora_rank = b == table_.end() || b->second.shape.size() != 2 ? 0 : b->second.shape[1];
     linear.lora_b = required(name + ".lora_b", {linear.N, linear.lora_rank});
+    // One pair may serve all outputs instead of one a split: then A has the rows of one.
+    const auto a = table_.find(name + ".lora_a");
+    const bool one_pair = a != table_.end() && !a->second.shape.empty() && a->second.shape[0] == linear.lora_rank;
+    if (one_pair) linear.splits = {linear.N};
     linear.lora_a = required(name + ".lora_a", {linear.lora_columns(), linear.K});
     const auto scale = lora_scales_.find(name);
     if (scale == lora_scales_.end()) {
@@ -98,6 +123,7 @@ class Resolver {
 
   const TensorTable& table_;
   const std::map<std::string, float>& lora_scales_;
+  std::vector<std::unique_ptr<float[]>>& widened_;
   std::set<std::string> used_;
 };
 
@@ -120,14 +146,14 @@ void resolve_positions(Resolver& resolver, const DecoderSpec& spec, ModelWeights
   switch (spec.positions) {
     case PositionKind::kRotary: {
       const TensorView cos = resolver.table_of_rows("rope_cos", spec.rotary_dim / 2);
-      model.rope_cos = cos.data;
+      model.rope_cos = resolver.as_floats(cos.data, cos.shape);
       model.rope_sin = resolver.required("rope_sin", cos.shape);
       model.max_length = std::min(model.max_length, cos.shape[0]);
       break;
     }
     case PositionKind::kLearned: {
       const TensorView learned = resolver.table_of_rows("decoder.embed_positions.weight", spec.hidden_size);
-      model.embed_positions = learned.data;
+      model.embed_positions = resolver.as_floats(learned.data, learned.shape);
       model.max_length = std::min(model.max_length, learned.shape[0] - spec.position_offset);
       break;
     }
@@ -137,24 +163,19 @@ void resolve_positions(Resolver& resolver, const DecoderSpec& spec, ModelWeights
   }
 }
 
-LinearWeights resolve_head(Resolver& resolver, const DecoderSpec& spec, const float* embed_tokens) {
-  LinearWeights head;
-  head.N = spec.vocab_size;
-  head.K = spec.embed_dim;
-  head.splits = {spec.vocab_size};
-  if (!spec.tied_head) return resolver.linear("head", head.N, head.K, head.splits);
-  const float* own = resolver.optional("head.weight", {head.N, head.K});
-  if (own != nullptr && own != embed_tokens) {
+Weight resolve_head(Resolver& resolver, const DecoderSpec& spec, const Weight& embed_tokens) {
+  const std::vector<int64_t> shape{spec.vocab_size, spec.embed_dim};
+  if (!spec.tied_head) return resolver.required_matrix("head.weight", shape);
+  const Weight own = resolver.optional_matrix("head.weight", shape);
+  if (own.data != nullptr && own.data != embed_tokens.data) {
     throw std::invalid_argument(
         "bind: 'head.weight' of a tied decoder must be the storage of decoder.embed_tokens.weight");
   }
-  head.weight = embed_tokens;
-  return head;
+  return embed_tokens;
 }
 
 int64_t widest_low_rank(const ModelWeights& model) {
-  int64_t widest =
-      std::max({model.head.lora_columns(), model.project_in.lora_columns(), model.project_out.lora_columns()});
+  int64_t widest = std::max(model.project_in.lora_columns(), model.project_out.lora_columns());
   for (const BlockWeights& block : model.blocks) {
     for (const LinearWeights* linear : {&block.qkv, &block.attn_out, &block.mlp_in, &block.mlp_out}) {
       widest = std::max(widest, linear->lora_columns());
@@ -167,10 +188,10 @@ int64_t widest_low_rank(const ModelWeights& model) {
 
 ModelWeights resolve_weights(const DecoderSpec& spec, const TensorTable& table,
                              const std::map<std::string, float>& lora_scales) {
-  Resolver resolver(table, lora_scales);
   ModelWeights model;
+  Resolver resolver(table, lora_scales, model.widened);
   model.max_length = spec.max_positions;
-  model.embed_tokens = resolver.required("decoder.embed_tokens.weight", {spec.vocab_size, spec.embed_dim});
+  model.embed_tokens = resolver.required_matrix("decoder.embed_tokens.weight", {spec.vocab_size, spec.embed_dim});
   resolve_positions(resolver, spec, model);
   if (spec.projects_embedding()) {
     model.project_in = resolver.linear("decoder.project_in", spec.hidden_size, spec.embed_dim, {spec.hidden_size});

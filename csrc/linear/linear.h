@@ -2,7 +2,27 @@
 #pragma once
 #include <cstdint>
 
+#include "common/bfloat16.h"
+
 namespace hybrid {
+
+// A weight as it is stored. A bfloat16 one is widened on its way into the sums, which is exact: the result is, bit for bit,
+// that of the same weight stored as floats.
+struct Weight {
+  enum class Type { kFloat32, kBFloat16 };
+  Weight() = default;
+  Weight(const float* floats) : data(floats) {}
+  Weight(const BFloat16* halves) : data(halves), type(Type::kBFloat16) {}
+
+  // The weight from that element on.
+  Weight from(int64_t element) const {
+    if (type == Type::kFloat32) return static_cast<const float*>(data) + element;
+    return static_cast<const BFloat16*>(data) + element;
+  }
+
+  const void* data = nullptr;
+  Type type = Type::kFloat32;
+};
 
 // y[M,N] = alpha * (x[M,K] w[N,K]^T) + bias[N] + residual[M,N].
 // Every output element is summed over K in one order that depends on neither M, N, the thread count nor the row's place:
@@ -10,7 +30,7 @@ namespace hybrid {
 struct LinearArgs {
   const float* x = nullptr;  // [M, K], row stride ldx
   int64_t ldx = 0;
-  const float* w = nullptr;  // [N, K], row stride ldw
+  Weight w{};  // [N, K], row stride ldw in elements
   int64_t ldw = 0;
   const float* bias = nullptr;      // [N] or nullptr
   const float* residual = nullptr;  // [M, N], row stride ldr, or nullptr; may be y itself (same stride)

@@ -8,6 +8,7 @@
 
 #include "common/dims.h"
 #include "linear/linear.h"
+#include "linear/weight_tensor.h"
 
 namespace hybrid {
 namespace {
@@ -39,7 +40,9 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<T
                   const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
                   at::IntArrayRef lora_splits) {
   Dims dims("linear");
-  dims.expect(x_, "x", {"...", "K"}).expect(weight_, "weight", {"N", "K"}).expect(bias_, "bias", {"N"});
+  dims.expect(x_, "x", {"...", "K"})
+      .expect(weight_, "weight", {"N", "K"}, weight_type(weight_))
+      .expect(bias_, "bias", {"N"});
   TORCH_CHECK_VALUE(lora_a.has_value() == lora_b.has_value(), "linear: lora_a and lora_b come together; expected both or none");
   if (lora_a) {
     dims.expect(lora_b, "lora_b", {"N", "R"});
@@ -56,7 +59,7 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<T
   const Tensor y = at::empty(shape, x.options());
   linear({.x = x.const_data_ptr<float>(),
           .ldx = dims["K"],
-          .w = weight.const_data_ptr<float>(),
+          .w = weight_of(weight),
           .ldw = dims["K"],
           .bias = bias.defined() ? bias.const_data_ptr<float>() : nullptr,
           .y = y.mutable_data_ptr<float>(),

@@ -10,6 +10,7 @@
 //   panel  b is stored [depth, cols] (a packed weight panel, a value tile): one load a vector; for many rows.
 #pragma once
 #include "common/vec.h"
+#include "linear/element.h"
 
 namespace hybrid::HYBRID_ISA {
 
@@ -22,6 +23,8 @@ inline constexpr int kPanelRows = 14;
 inline constexpr int kStripRows = 6;
 inline constexpr int kPanelRows = 6;
 #endif
+// Up to so many rows two strips are multiplied side by side: the chains of one would wait for their own additions.
+inline constexpr int kTwinRows = 3;
 inline constexpr int kPanelVecs = 2;
 inline constexpr int64_t kPanelCols = kPanelVecs * Vec::width;
 
@@ -37,20 +40,21 @@ inline __m512d unpack_lo(__m512d a, __m512d b) { return _mm512_maskz_unpacklo_pd
 inline __m512d unpack_hi(__m512d a, __m512d b) { return _mm512_maskz_unpackhi_pd(0xff, a, b); }
 #endif
 
-// out[k] lane r = src[r * stride + k] for a full width x width square.
+// out[k] lane r = lane k of the row at src + r * stride, for a full width x width square of lanes (element.h).
 // The 128-bit pieces are put in place by the loads; what is left is a 4 x 4 transpose in every piece.
-inline void load_transposed(const float* src, int64_t stride, Vec (&out)[Vec::width]) {
+template <typename Element>
+inline void load_transposed(const Element* src, int64_t stride, Vec (&out)[Vec::width]) {
 #if defined(__AVX512F__)
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     __m512 row[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const float* p = src + i * stride + 4 * c;
-      __m512 piece = _mm512_castps128_ps512(_mm_loadu_ps(p));
-      piece = _mm512_insertf32x4(piece, _mm_loadu_ps(p + 4 * stride), 1);
-      piece = _mm512_insertf32x4(piece, _mm_loadu_ps(p + 8 * stride), 2);
-      row[i] = _mm512_insertf32x4(piece, _mm_loadu_ps(p + 12 * stride), 3);
+      const Element* p = src + i * stride + 4 * c * kPerLane<Element>;
+      __m512 piece = _mm512_castps128_ps512(_mm_loadu_ps(as_floats(p)));
+      piece = _mm512_insertf32x4(piece, _mm_loadu_ps(as_floats(p + 4 * stride)), 1);
+      piece = _mm512_insertf32x4(piece, _mm_loadu_ps(as_floats(p + 8 * stride)), 2);
+      row[i] = _mm512_insertf32x4(piece, _mm_loadu_ps(as_floats(p + 12 * stride)), 3);
     }
     const __m512d low01 = _mm512_castps_pd(unpack_lo(row[0], row[1]));
     const __m512d low23 = _mm512_castps_pd(unpack_lo(row[2], row[3]));
@@ -67,8 +71,9 @@ inline void load_transposed(const float* src, int64_t stride, Vec (&out)[Vec::wi
     __m256 row[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const float* p = src + i * stride + 4 * c;
-      row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      const Element* p = src + i * stride + 4 * c * kPerLane<Element>;
+      const __m256 piece = _mm256_castps128_ps256(_mm_loadu_ps(as_floats(p)));
+      row[i] = _mm256_insertf128_ps(piece, _mm_loadu_ps(as_floats(p + 4 * stride)), 1);
     }
     const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
     const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
@@ -81,31 +86,50 @@ inline void load_transposed(const float* src, int64_t stride, Vec (&out)[Vec::wi
   }
 #else
   for (int k = 0; k < Vec::width; ++k) {
-    for (int r = 0; r < Vec::width; ++r) out[k].v[r] = src[r * stride + k];
+    Vec::Int bits{};
+    for (int r = 0; r < Vec::width; ++r) bits[r] = load_lane(src + r * stride + k * kPerLane<Element>);
+    out[k] = as_float(bits);
   }
 #endif
+}
+
+// The same for a corner of a square: lanes from `rows` on and columns from `cols` on are zero, and their sources are not read.
+inline void load_transposed(const float* src, int64_t stride, int64_t rows, int64_t cols, Vec (&out)[Vec::width]) {
+  if (rows >= Vec::width && cols >= Vec::width) return load_transposed(src, stride, out);
+  float square[Vec::width * Vec::width];
+  for (int64_t r = 0; r < Vec::width; ++r) {
+    const Vec row = r < rows ? Vec::load(src + r * stride, smaller(cols, Vec::width)) : Vec();
+    row.store(square + r * Vec::width);
+  }
+  load_transposed(square, Vec::width, out);
 }
 
 // out[k * out_stride + r] = src[r * stride + k] for r < rows, k < depth; zero for r in [rows, cols).
 // cols is a multiple of the vector width. Sixteen rows advance together: fewer streams do not hide the latency of memory, and
 // more are lost on the prefetchers.
-inline void pack_transposed(const float* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
+template <typename Element>
+inline void pack_transposed(const Element* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
                             int64_t out_stride) {
-  constexpr int64_t kStreams = 16;
-  const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / Vec::width * Vec::width;
+  constexpr int64_t kStreams = 16, kDepth = Vec::width * kPerLane<Element>;
+  const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / kDepth * kDepth;
   for (int64_t first = 0; first < whole_rows; first += kStreams) {
-    for (int64_t k = 0; k < whole_depth; k += Vec::width) {
+    for (int64_t k = 0; k < whole_depth; k += kDepth) {
       for (int64_t r = first; r < smaller(whole_rows, first + kStreams); r += Vec::width) {
         Vec t[Vec::width];
         load_transposed(src + r * stride + k, stride, t);
 #pragma GCC unroll 16
-        for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
+        for (int i = 0; i < Vec::width; ++i) {
+#pragma GCC unroll 2
+          for (int j = 0; j < kPerLane<Element>; ++j) {
+            widened<Element>(t[i], j).store(out + (k + i * kPerLane<Element> + j) * out_stride + r);
+          }
+        }
       }
     }
   }
   for (int64_t k = whole_rows == cols ? whole_depth : 0; k < depth; ++k) {
     for (int64_t r = k < whole_depth ? whole_rows : 0; r < cols; ++r) {
-      out[k * out_stride + r] = r < rows ? src[r * stride + k] : 0.0f;
+      out[k * out_stride + r] = r < rows ? to_float(src[r * stride + k]) : 0.0f;
     }
   }
 }
@@ -118,15 +142,44 @@ struct Factor {
   Factor from(int64_t row, int64_t k) const { return {base + row * row_stride + k * depth_stride, row_stride, depth_stride}; }
 };
 
-// Memory that the next tile will read: fetched a cache line a row while this tile computes. Into L2: the lines come from
-// memory, and waiting for them in L1's few miss buffers would hold up this tile's own loads.
-struct Prefetch {
-  const float* base = nullptr;
-  int64_t stride = 0;
-  int64_t rows = 0;
-  void line(int64_t offset) const {
-    for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(base + r * stride + offset, 0, 2);
+// Memory that a later tile will read: fetched a cache line a row while this tile computes. Into L2: the lines come from memory,
+// and waiting for them in L1's few miss buffers would hold up this tile's own loads.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  template <typename Element>
+  Prefetch(const Element* base, int64_t stride, int64_t rows)
+      : base_(reinterpret_cast<const char*>(base)), stride_(stride * kBytes<Element>), rows_(rows), bytes_(kBytes<Element>) {}
+
+  // Of these rows, `count` from `first` on, as far as there are so many.
+  Prefetch part(int64_t first, int64_t count) const {
+    Prefetch part = *this;
+    part.base_ += first * stride_;
+    part.rows_ = larger(0, smaller(count, rows_ - first));
+    return part;
   }
+
+  // The same rows from element `k` on.
+  Prefetch from(int64_t k) const {
+    Prefetch later = *this;
+    later.base_ += k * bytes_;
+    return later;
+  }
+
+  // The rows' elements from `k` on, where a line begins (every row as if aligned).
+  void line(int64_t k) const {
+    if (k * bytes_ % 64 != 0) return;
+    for (int64_t r = 0; r < rows_; ++r) __builtin_prefetch(base_ + r * stride_ + k * bytes_, 0, 2);
+  }
+
+ private:
+  template <typename Element>
+  static constexpr int64_t kBytes = sizeof(Element);
+
+  const char* base_ = nullptr;
+  int64_t stride_ = 0;
+  int64_t rows_ = 0;
+  int64_t bytes_ = 0;
 };
 
 // Where a tile's sums go: row r at base[r * stride], whole vectors; added to what is there (resume), or replacing it.
@@ -139,36 +192,50 @@ struct Sums {
 // The loops below are functions of their own, never inlined: amid other code GCC spills their sums to the stack, which halves
 // the speed. The rows are unrolled by pragma for the same reason.
 
-// sums[row] (+)= a[row, :] . b[col, :] for one vector of columns; b stored [Vec::width, depth].
-template <int kRows>
-[[gnu::noinline]] void strip_tile(const Factor& a, const float* b, int64_t b_stride, int64_t depth, const Prefetch& next,
+// sums[row] (+)= a[row, :] . b[col, :] for kStrips vectors of columns; b stored [kStrips * Vec::width, depth].
+template <int kRows, int kStrips, typename Element>
+[[gnu::noinline]] void strip_tile(const Factor& a, const Element* b, int64_t b_stride, int64_t depth, const Prefetch& next,
                                   const Sums& sums) {
+  constexpr int64_t kDepth = Vec::width * kPerLane<Element>;
   const float* x = a.base;
   const int64_t x_stride = a.row_stride;
-  Vec acc[kRows];
+  Vec acc[kStrips][kRows];
+  const auto add = [&](int strip, int64_t k, Vec column) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[strip][r] = fma(Vec(x[r * x_stride + k]), column, acc[strip][r]);
+  };
   int64_t k = 0;
-  for (; k + Vec::width <= depth; k += Vec::width) {
-    Vec t[Vec::width];
-    load_transposed(b + k, b_stride, t);
-    if (k % 16 == 0) next.line(k);  // 16 floats are a cache line
+  for (; k + kDepth <= depth; k += kDepth) {
+    if (k % 16 == 0) next.line(k);
+#pragma GCC unroll 2
+    for (int s = 0; s < kStrips; ++s) {
+      Vec t[Vec::width];
+      load_transposed(b + s * Vec::width * b_stride + k, b_stride, t);
 #pragma GCC unroll 16
-    for (int i = 0; i < Vec::width; ++i) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) acc[r] = fma(Vec(x[r * x_stride + k + i]), t[i], acc[r]);
+      for (int i = 0; i < Vec::width; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kPerLane<Element>; ++j) {
+          add(s, k + i * kPerLane<Element> + j, widened<Element>(t[i], j));
+        }
+      }
     }
   }
   for (; k < depth; ++k) {
-    float column[Vec::width];
-    for (int64_t c = 0; c < Vec::width; ++c) column[c] = b[c * b_stride + k];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = fma(Vec(x[r * x_stride + k]), Vec::load(column), acc[r]);
-  }
-  if (sums.resume) {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = Vec::load(sums.base + r * sums.stride) + acc[r];
+#pragma GCC unroll 2
+    for (int s = 0; s < kStrips; ++s) {
+      float column[Vec::width];
+      for (int64_t c = 0; c < Vec::width; ++c) column[c] = to_float(b[(s * Vec::width + c) * b_stride + k]);
+      add(s, k, Vec::load(column));
+    }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) acc[r].store(sums.base + r * sums.stride);
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int s = 0; s < kStrips; ++s) {
+      float* sum = sums.base + r * sums.stride + s * Vec::width;
+      (sums.resume ? Vec::load(sum) + acc[s][r] : acc[s][r]).store(sum);
+    }
+  }
 }
 
 // sums[row] (+)= a[row, :] b[:, col] for kVecs vectors of columns; b stored [depth, cols], its last vector `lanes` wide.
@@ -216,10 +283,16 @@ inline void with_rows(int64_t rows, const Fn& fn) {
   fn.template operator()<kMax>();
 }
 
-// strip_tile for 1 <= rows <= kStripRows; a's depth_stride must be 1.
-inline void multiply_strip(int64_t rows, const Factor& a, const float* b, int64_t b_stride, int64_t depth,
+// strip_tile for 1 <= rows <= kStripRows, or for two strips and 1 <= rows <= kTwinRows; a's depth_stride must be 1.
+template <typename Element>
+inline void multiply_strip(int64_t rows, const Factor& a, const Element* b, int64_t b_stride, int64_t depth,
                            const Prefetch& next, const Sums& sums) {
-  with_rows<kStripRows>(rows, [&]<int kRows>() { strip_tile<kRows>(a, b, b_stride, depth, next, sums); });
+  with_rows<kStripRows>(rows, [&]<int kRows>() { strip_tile<kRows, 1>(a, b, b_stride, depth, next, sums); });
+}
+template <typename Element>
+inline void multiply_twin_strips(int64_t rows, const Factor& a, const Element* b, int64_t b_stride, int64_t depth,
+                                 const Prefetch& next, const Sums& sums) {
+  with_rows<kTwinRows>(rows, [&]<int kRows>() { strip_tile<kRows, 2>(a, b, b_stride, depth, next, sums); });
 }
 
 // panel_tile for 1 <= rows <= kPanelRows and 1 <= cols <= kPanelCols. Columns past cols are not read where b's last vector is

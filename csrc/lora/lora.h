@@ -4,12 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace hybrid {
+#include "common/bfloat16.h"
 
-// The upper half of a float, as stored in a bfloat16 tensor.
-struct BFloat16 {
-  uint16_t bits;
-};
+namespace hybrid {
 
 // delta[n, :] = scale * sum_r b[n, r] a[split(n) * R + r, :], r in ascending order: the same bits whenever it is
 // computed, on any number of threads.

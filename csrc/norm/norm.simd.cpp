@@ -30,10 +30,12 @@ Vec sum_block(int64_t begin, int64_t end, const Term& term) {
   Vec total[4];
   int64_t i = begin;
   for (; i + step <= end; i += step) {
+#pragma GCC unroll 4
     for (int chain = 0; chain < 4; ++chain) total[chain] += term(i + chain * Vec::width, Vec::width);
   }
-  for (int chain = 0; i < end; i += Vec::width, ++chain) {
-    total[chain] += term(i, end - i < Vec::width ? end - i : Vec::width);
+#pragma GCC unroll 4  // the chains stay in registers
+  for (int chain = 0; chain < 4; ++chain, i += Vec::width) {
+    if (i < end) total[chain] += term(i, end - i < Vec::width ? end - i : Vec::width);
   }
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
@@ -49,15 +51,27 @@ float sum_row(int64_t cols, const Term& term) {
   return reduce_add(total);
 }
 
-// The row to normalise: x itself, or x + residual once that has been written to sum.
-const float* add_residual(const NormArgs& args, int64_t row) {
-  const int64_t at = row * args.cols;
-  if (args.residual == nullptr) return args.x + at;
-  for_each_vec(args.cols, [&](int64_t i, int64_t lanes) {
-    (Vec::load(args.x + at + i, lanes) + Vec::load(args.residual + at + i, lanes)).store(args.sum + at + i, lanes);
-  });
-  return args.sum + at;
-}
+// What is normalised, on its first reading: x, or x + residual, which is left in sum for the later passes.
+struct Row {
+  const float* x;
+  const float* residual;
+  float* sum;
+  const float* later;
+
+  Row(const NormArgs& args, int64_t row)
+      : x(args.x + row * args.cols),
+        residual(args.residual == nullptr ? nullptr : args.residual + row * args.cols),
+        sum(args.residual == nullptr ? nullptr : args.sum + row * args.cols),
+        later(residual == nullptr ? x : sum) {}
+
+  Vec first(int64_t i, int64_t lanes) const {
+    const Vec value = Vec::load(x + i, lanes);
+    if (residual == nullptr) return value;
+    const Vec added = value + Vec::load(residual + i, lanes);
+    added.store(sum + i, lanes);
+    return added;
+  }
+};
 
 Vec zero_beyond(Vec value, int64_t lanes) {
   if (lanes == Vec::width) return value;
@@ -67,10 +81,11 @@ Vec zero_beyond(Vec value, int64_t lanes) {
 }
 
 void rms_norm_row(const NormArgs& args, int64_t row) {
-  const float* x = add_residual(args, row);
+  const Row in(args, row);
+  const float* x = in.later;
   float* y = args.y + row * args.cols;
   const float square = sum_row(args.cols, [&](int64_t i, int64_t lanes) {
-    const Vec value = Vec::load(x + i, lanes);
+    const Vec value = in.first(i, lanes);
     return value * value;
   });
   const float rstd = 1.0f / sqrtf(square / static_cast<float>(args.cols) + args.eps);
@@ -82,10 +97,11 @@ void rms_norm_row(const NormArgs& args, int64_t row) {
 }
 
 void layer_norm_row(const NormArgs& args, int64_t row) {
-  const float* x = add_residual(args, row);
+  const Row in(args, row);
+  const float* x = in.later;
   float* y = args.y + row * args.cols;
   const float count = static_cast<float>(args.cols);
-  const float mean = sum_row(args.cols, [&](int64_t i, int64_t lanes) { return Vec::load(x + i, lanes); }) / count;
+  const float mean = sum_row(args.cols, [&](int64_t i, int64_t lanes) { return in.first(i, lanes); }) / count;
   // The deviations are squared after the mean is known: E[x^2] - E[x]^2 would cancel for rows with a large mean.
   const float square = sum_row(args.cols, [&](int64_t i, int64_t lanes) {
     const Vec deviation = zero_beyond(Vec::load(x + i, lanes) - mean, lanes);

@@ -18,14 +18,16 @@ namespace hybrid {
 // logits are.
 class RaceUniforms {
  public:
-  RaceUniforms(uint64_t seed, uint64_t sample, uint32_t position) : seed_(seed), sample_(sample), position_(position) {}
-  double of_block(int64_t block) { return at(kBlocks, block); }
-  double of_token(int64_t token) { return at(kTokens, token); }
+  RaceUniforms() = default;
+  HYBRID_HD RaceUniforms(uint64_t seed, uint64_t sample, uint32_t position)
+      : seed_(seed), sample_(sample), position_(position) {}
+  HYBRID_HD double of_block(int64_t block) { return at(kBlocks, block); }
+  HYBRID_HD double of_token(int64_t token) { return at(kTokens, token); }
 
  private:
   static constexpr uint32_t kBlocks = 0, kTokens = 1u << 31;  // Philox streams; one holds two uniforms
 
-  double at(uint32_t kind, int64_t index) {
+  HYBRID_HD double at(uint32_t kind, int64_t index) {
     const uint32_t stream = kind + static_cast<uint32_t>(index / 2);
     if (!cached_ || stream != stream_) {
       random_ = philox(seed_, sample_, position_, stream);
@@ -35,8 +37,8 @@ class RaceUniforms {
     return uniform_of(random_, static_cast<int>(index % 2));
   }
 
-  uint64_t seed_, sample_;
-  uint32_t position_, stream_ = 0;
+  uint64_t seed_ = 0, sample_ = 0;
+  uint32_t position_ = 0, stream_ = 0;
   bool cached_ = false;
   Philox4 random_{};
 };
@@ -45,14 +47,15 @@ class RaceUniforms {
 // weight_i / sum. -1 where no weight is positive.
 class Race {
  public:
-  void enter(int64_t runner, double weight, double uniform) {
+  HYBRID_HD void enter(int64_t runner, double weight, double uniform) {
     if (!(weight > 0.0)) return;
     const double time = -std::log(uniform) / weight;
     if (winner_ >= 0 && time >= best_) return;
     best_ = time;
     winner_ = runner;
   }
-  int64_t winner() const { return winner_; }
+  HYBRID_HD int64_t winner() const { return winner_; }
+  HYBRID_HD double time() const { return best_; }  // of the winner
 
  private:
   int64_t winner_ = -1;

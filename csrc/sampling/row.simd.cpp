@@ -1,6 +1,5 @@
-// Two passes over a row: the maximum, then the weights. Both read 4 bytes a logit and write next to nothing; the first
-// is bound by loads, the second by the exponential. A row of 50k logits (200 KB) stays in the second-level cache
-// between them.
+// A block of 64 logits fills four to sixteen vectors: it is read once and stays in registers through its maximum, its
+// weights and their sums. Bound by the exponential.
 #include <math.h>
 
 #include "common/math.h"
@@ -30,85 +29,68 @@ Block load_block(const float* logits, int64_t count) {
 }
 
 // Halves the block until one vector is left.
-Vec fold(Block block) {
+template <typename Combine>
+Vec fold(Block block, const Combine& combine) {
   for (int64_t half = kVecs / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) block.vec[i] += block.vec[i + half];
+    for (int64_t i = 0; i < half; ++i) block.vec[i] = combine(block.vec[i], block.vec[i + half]);
   }
   return block.vec[0];
 }
+float sum_of(const Block& block) {
+  return reduce_add(fold(block, [](Vec a, Vec b) { return a + b; }));
+}
+float max_of(const Block& block) {
+  return reduce_max(fold(block, [](Vec a, Vec b) { return max(a, b); }));
+}
 
-// A running sum of vectors, each lane in double.
-class WideSum {
- public:
-  void add(Vec x) { lanes_ += __builtin_convertvector(x.v, Wide); }
-  double total() const {
-    double sum = 0.0;
-    for (int64_t i = 0; i < Vec::width; ++i) sum += lanes_[i];
-    return sum;
-  }
-
- private:
-  typedef double Wide __attribute__((vector_size(kVecWidth * sizeof(double))));
-  Wide lanes_{};
-};
+// What is subtracted from a block's logits: its maximum, or 0 where all are -inf, so that -inf - -inf cannot arise.
+Vec shift_of(float block_max) { return Vec(block_max == kNegInf ? 0.0f : block_max); }
 
 // (x - m) / temperature. The quotient is a product with 1 / temperature in two floats: as good as a division, and
 // cheaper. From -200 down every weight is exactly 0, so the difference is cut there and 0 * infinity cannot arise.
 class Exponent {
  public:
-  explicit Exponent(RowShift shift)
-      : max_(shift.max),
-        floor_(-200.0f * shift.temperature),
-        inverse_(static_cast<float>(1.0 / shift.temperature)),
-        inverse_rest_(static_cast<float>(1.0 / shift.temperature - static_cast<double>(inverse_[0]))) {}
+  explicit Exponent(float temperature)
+      : floor_(-200.0f * temperature),
+        inverse_(static_cast<float>(1.0 / temperature)),
+        inverse_rest_(static_cast<float>(1.0 / temperature - static_cast<double>(inverse_[0]))) {}
 
-  Vec operator()(Vec logits) const {
-    const Vec difference = max(floor_, logits - max_);  // keeps NaN
+  Vec operator()(Vec logits, Vec shift) const {
+    const Vec difference = max(floor_, logits - shift);  // keeps NaN
     return fma(difference, inverse_, difference * inverse_rest_);
   }
 
  private:
-  Vec max_, floor_, inverse_, inverse_rest_;
+  Vec floor_, inverse_, inverse_rest_;
 };
 
 }  // namespace
 
-float block_maxima(const float* logits, int64_t vocab, float* maxima) {
-  Vec row_max(kNegInf);
-  for (int64_t begin = 0, b = 0; begin < vocab; begin += kRowBlock, ++b) {
-    Block block = load_block(logits + begin, vocab - begin);
-    for (int64_t half = kVecs / 2; half > 0; half /= 2) {
-      for (int64_t i = 0; i < half; ++i) block.vec[i] = max(block.vec[i], block.vec[i + half]);
-    }
-    row_max = max(row_max, block.vec[0]);
-    maxima[b] = reduce_max(block.vec[0]);
-  }
-  return reduce_max(row_max);
-}
-
-RowSums weight_sums(const float* logits, int64_t vocab, RowShift shift, float* sums) {
-  const Exponent exponent(shift);
-  WideSum weight_sum, weighted_sum;
-  for (int64_t begin = 0, b = 0; begin < vocab; begin += kRowBlock, ++b) {
-    Block weight = load_block(logits + begin, vocab - begin), weighted;
+void block_stats(const float* logits, int64_t count, float temperature, float threshold, const BlockStats& stats) {
+  const Exponent exponent(temperature);
+  const Vec least(threshold);
+  for (int64_t begin = 0, b = 0; begin < count; begin += kRowBlock, ++b) {
+    const Block block = load_block(logits + begin, count - begin);
+    const float block_max = max_of(block);
+    const Vec shift = shift_of(block_max);
+    Block weight, weighted;
     for (int64_t i = 0; i < kVecs; ++i) {
-      const Vec e = exponent(weight.vec[i]);
-      weight.vec[i] = exp(e);
+      const Vec e = exponent(block.vec[i], shift);
+      weight.vec[i] = select(block.vec[i] < least, Vec(), exp(e));  // keeps NaN
       weighted.vec[i] = weight.vec[i] * e;
     }
-    const Vec folded = fold(weight);
-    weight_sum.add(folded);
-    weighted_sum.add(fold(weighted));
-    if (sums != nullptr) sums[b] = reduce_add(folded);
+    stats.max[b] = block_max;
+    stats.weight[b] = sum_of(weight);
+    stats.weighted[b] = sum_of(weighted);
   }
-  return {weight_sum.total(), weighted_sum.total()};
 }
 
-void block_weights(const float* logits, int64_t count, RowShift shift, float* weights) {
-  const Exponent exponent(shift);
+void block_weights(const float* logits, int64_t count, float max, float temperature, float* weights) {
+  const Exponent exponent(temperature);
+  const Vec shift = shift_of(max);
   const Block block = load_block(logits, count);
   float whole[kRowBlock];
-  for (int64_t i = 0; i < kVecs; ++i) exp(exponent(block.vec[i])).store(whole + i * Vec::width);
+  for (int64_t i = 0; i < kVecs; ++i) exp(exponent(block.vec[i], shift)).store(whole + i * Vec::width);
   for (int64_t i = 0; i < count; ++i) weights[i] = whole[i];
 }
 
@@ -119,12 +101,14 @@ void score_row_backward(const RowGradArgs& args) {
   const float shift = static_cast<float>(args.lse * args.temperature);
   const float log_missing = static_cast<float>(shift / static_cast<double>(args.temperature) - args.lse);
   const float inverse = 1.0f / args.temperature;
-  const Exponent exponent({shift, args.temperature});
-  const Vec missing(log_missing), scale(-inverse * expf(log_missing));
+  const Exponent exponent(args.temperature);
+  const Vec missing(log_missing), scale(-inverse * expf(log_missing)), least(args.threshold);
   const Vec constant(args.grad_logprob + args.grad_entropy * args.entropy), slope(args.grad_entropy);
   for_each_vec(args.vocab, [&](int64_t i, int64_t lanes) {
-    const Vec e = exponent(Vec::load(args.logits + i, lanes));
-    (exp(e) * fma(slope, e + missing, constant) * scale).store(args.grad + i, lanes);
+    const Vec logits = Vec::load(args.logits + i, lanes);
+    const Vec e = exponent(logits, shift);
+    const Vec grad = exp(e) * fma(slope, e + missing, constant) * scale;
+    select(logits < least, Vec(), grad).store(args.grad + i, lanes);
   });
   args.grad[args.target] += args.grad_logprob * inverse;
 }

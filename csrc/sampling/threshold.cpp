@@ -25,7 +25,7 @@ KeyRange range_of(std::span<const Candidate> candidates) {
 // goes on with the candidates of the bin where the sum reaches `wanted`: at most four rounds for 32-bit keys, the later
 // ones over a handful. Bins fill in vocabulary order, so the sums are reproducible.
 template <typename Measure>
-uint32_t search(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work,
+uint32_t search(std::span<const Candidate> candidates, double wanted, KernelVector<Candidate>& work,
                 const Measure& measure) {
   double above = 0.0;  // measure of the keys over the range
   for (;;) {
@@ -52,11 +52,11 @@ uint32_t search(std::span<const Candidate> candidates, double wanted, std::vecto
 
 }  // namespace
 
-uint32_t threshold_by_count(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work) {
+uint32_t threshold_by_count(std::span<const Candidate> candidates, double wanted, KernelVector<Candidate>& work) {
   return search(candidates, wanted, work, [](const Candidate&) { return 1.0; });
 }
 
-uint32_t threshold_by_weight(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work) {
+uint32_t threshold_by_weight(std::span<const Candidate> candidates, double wanted, KernelVector<Candidate>& work) {
   return search(candidates, wanted, work, [](const Candidate& c) { return static_cast<double>(c.weight); });
 }
 

@@ -3,7 +3,8 @@
 #include <bit>
 #include <cstdint>
 #include <span>
-#include <vector>
+
+#include "common/kernel_memory.h"
 
 namespace hybrid {
 
@@ -25,7 +26,7 @@ struct Candidate {
 // The greatest key whose candidates at or above it count at least `wanted`, or weigh at least `wanted`: an exact answer
 // from histograms of ever finer key ranges. If all together fall short, the least key. `candidates` must not be empty;
 // `work` is overwritten.
-uint32_t threshold_by_count(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work);
-uint32_t threshold_by_weight(std::span<const Candidate> candidates, double wanted, std::vector<Candidate>& work);
+uint32_t threshold_by_count(std::span<const Candidate> candidates, double wanted, KernelVector<Candidate>& work);
+uint32_t threshold_by_weight(std::span<const Candidate> candidates, double wanted, KernelVector<Candidate>& work);
 
 }  // namespace hybrid

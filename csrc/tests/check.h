@@ -1,6 +1,8 @@
-// The whole test framework: expect() counts failures, finish() turns them into an exit code.
+// The whole test framework: expect() counts failures, finish() turns them into an exit code. HYBRID_TEST_FAIL_FAST=1 ends the
+// program at the first failure, for those who only ask whether there is one.
 #pragma once
 #include <cstdio>
+#include <cstdlib>
 #include <source_location>
 
 namespace hybrid::testing {
@@ -12,6 +14,7 @@ inline void expect(bool good, const char* what,
   if (good) return;
   ++failures;
   std::fprintf(stderr, "%s:%u: %s\n", where.file_name(), static_cast<unsigned>(where.line()), what);
+  if (std::getenv("HYBRID_TEST_FAIL_FAST") != nullptr) std::_Exit(1);
 }
 
 inline int finish() {

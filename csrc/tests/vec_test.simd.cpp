@@ -34,6 +34,18 @@ void test_reductions() {
   const float sum = kVecWidth * (kVecWidth - 1) / 2.0f + 98.0f;
   expect(reduce_add(Vec::load(lanes)) == sum, "reduce_add");
   expect(reduce_max(Vec::load(lanes)) == 100.0f, "reduce_max");
+  // The order: halves of a vector are added before their own lanes, so a large pair that cancels takes nothing with it.
+  std::fill(lanes, lanes + kVecWidth, 1.0f);
+  lanes[0] = 1e9f;
+  lanes[kVecWidth / 2] = -1e9f;
+  expect(reduce_add(Vec::load(lanes)) == kVecWidth - 2.0f, "reduce_add halves");
+}
+
+void test_extremes() {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  expect(max(Vec(nan), Vec(1.0f))[0] == 1.0f && min(Vec(nan), Vec(1.0f))[0] == 1.0f, "the second where the first is NaN");
+  expect(std::isnan(max(Vec(1.0f), Vec(nan))[0]) && std::isnan(min(Vec(1.0f), Vec(nan))[0]), "the second where it is NaN");
+  expect(max(Vec(2.0f), Vec(1.0f))[0] == 2.0f && min(Vec(2.0f), Vec(1.0f))[0] == 1.0f, "max and min");
 }
 
 void test_special_values() {
@@ -84,6 +96,7 @@ void test_errors() {
 int run() {
   test_partial_load_and_store();
   test_reductions();
+  test_extremes();
   test_special_values();
   test_errors();
   return hybrid::testing::finish();

@@ -82,6 +82,11 @@ class RunConfig(Options):
         )
         require(self.num_gpus >= 0, f"--num-gpus is {self.num_gpus}; give 0 or more")
         require(
+            self.model.lora_r > 0 or not self.rlhf.generation.merge_adapters,
+            "rlhf.generation.merge_adapters has nothing to merge: model.lora_r is 0; give --lora-r "
+            "a rank",
+        )
+        require(
             not (self.resume and self.overwrite),
             "--resume and --overwrite contradict each other; give one",
         )

@@ -36,10 +36,31 @@ class ModelConfig(Options):
     )
     lora_r: int = option(
         0,
-        "rank of LoRA adapters on every linear layer; 0 trains the weights themselves",
+        "rank of LoRA adapters on the blocks' linear layers; 0 trains the weights themselves",
+        "--lora-r",
         within="[0, inf)",
     )
-    lora_alpha: float = option(16.0, "LoRA scale is alpha / r", within="(0, inf)")
+    lora_alpha: float = option(16.0, "LoRA's scale is alpha / r", "--lora-alpha", within="(0, inf)")
+    lora_dropout: float = option(
+        0.0,
+        "LoRA's dropout in steps 1 and 2; step 3 trains the very network that generates, without",
+        "--lora-dropout",
+        within="[0, 1)",
+    )
+    lora_target_modules: tuple[str, ...] = option(
+        ("all-linear",),
+        "layers that get an adapter, by transformers' names (q_proj v_proj ..., c_attn ...), or "
+        "all-linear",
+        "--lora-target-modules",
+    )
+    lora_rslora: bool = option(
+        False, "LoRA's scale is alpha / sqrt(r) instead (rsLoRA)", "--lora-rslora"
+    )
+    lora_merge: bool = option(
+        False,
+        "write step 3's models merged as well, beside their adapters",
+        "--lora-merge",
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass, block by block"
     )
@@ -51,6 +72,17 @@ class ModelConfig(Options):
             "model.lora_r and model.trainable_layers (or reward_trainable_layers) are both set; "
             "choose one way of training part of the model",
         )
+        require(
+            len(self.lora_target_modules) > 0,
+            "model.lora_target_modules is empty; give all-linear, or names of layers",
+        )
+        for name in ("alpha", "dropout", "target_modules", "rslora", "merge"):
+            setting = f"lora_{name}"
+            require(
+                self.lora_r > 0 or getattr(self, setting) == getattr(ModelConfig, setting),
+                f"model.{setting} is set, but model.lora_r is 0: no adapter is trained; give "
+                "--lora-r a rank",
+            )
 
 
 @dataclass(frozen=True)

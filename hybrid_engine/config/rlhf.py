@@ -18,6 +18,17 @@ class GenerationConfig(Options):
         "sampling temperature; the same one divides logits when scoring",
         within="[1e-6, inf)",
     )
+    top_k: int = option(
+        0,
+        "sample from the k most likely tokens only; 0 from all. With this or top_p, training uses "
+        "the truncated distributions, too",
+        within="[0, inf)",
+    )
+    top_p: float = option(
+        1.0,
+        "sample from the smallest set of most likely tokens with this probability; 1 from all",
+        within="(0, 1]",
+    )
     samples_per_prompt: int = option(
         1,
         "answers to each prompt; group-relative advantages need 2 or more",
@@ -35,9 +46,19 @@ class GenerationConfig(Options):
         "when a prompt comes back, draw from the same random stream and try the last answer as a "
         "draft: fewer decoding steps for the same result, but answers that vary less over epochs",
     )
+    merge_adapters: bool = option(
+        False,
+        "add LoRA adapters into the weights while generating, and restore the weights' bits "
+        "afterwards: faster decoding, and a first_log_ratio that is small instead of 0",
+    )
     stop_token_ids: tuple[int, ...] = option(
         (), "further token ids that end an answer, besides the model's own", within="[0, inf)"
     )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether top-k or top-p may leave tokens out."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True)

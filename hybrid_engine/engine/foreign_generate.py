@@ -39,14 +39,15 @@ class _Streamer:
 
 @torch.no_grad()
 def foreign_generate(model: ForeignCausalLM, request: Request) -> dict[str, Any]:
-    """Tokens, finish reasons and kept mass, one entry a sample.
+    """Tokens, finish reasons, kept mass and thresholds, one entry a sample.
 
     ``on_token`` gets a lone sample's tokens as they are drawn, those of several when their batch is
     done: transformers streams single sequences only.
     """
     rows, on_token = request.rows, request.on_token
     streamer = _Streamer(on_token) if on_token is not None and len(rows) == 1 else None
-    result: dict[str, list[Any]] = {"tokens": [], "kept_mass": [], "finish_reasons": []}
+    columns = ("tokens", "kept_mass", "thresholds", "finish_reasons")
+    result: dict[str, list[Any]] = {name: [] for name in columns}
     with torch.random.fork_rng(devices=[]), _plain_defaults(model.hf_model):
         for start in range(0, len(rows), request.max_batch):
             torch.manual_seed((request.params.seed * 1_000_003 + request.sample_ids[start]) % 2**63)
@@ -77,13 +78,14 @@ def _generate_batch(
     options = _options(model, longest, max(limits), request.params, request.stop_tokens)
     hf_model: Any = model.hf_model
     output = hf_model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
-    mass = _kept_mass(output, request.params)
+    mass, thresholds = _kept_sets(output, request.params)
     for i, row in enumerate(output.sequences[:, longest:].tolist()):
         response = row[: limits[i]]
         ends = [place for place, token in enumerate(response) if token in request.stop_tokens]
         length = ends[0] + 1 if ends else len(response)
         result["tokens"].append(response[:length])
         result["kept_mass"].append(mass[i, :length].tolist())
+        result["thresholds"].append(thresholds[i, :length].tolist())
         result["finish_reasons"].append("stop" if ends else "length")
 
 
@@ -124,12 +126,22 @@ def _options(
     return options
 
 
-def _kept_mass(output: Any, params: SamplingParams) -> Tensor:
-    """Probability of the tokens that transformers' top-k and top-p left, ``[rows, steps]``."""
+def _kept_sets(output: Any, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Of the tokens that transformers' top-k and top-p left: their probability and the logit that
+    parts them from the others, each ``[rows, steps]``.
+
+    The logit lies halfway between the two sets: scored in another batch shape, the logits differ in
+    their last bits, and the sets should not.
+    """
     if params.greedy or not params.truncated:
-        return torch.ones_like(output.sequences, dtype=torch.float32)
-    steps = [
-        (logits / params.temperature).softmax(-1).masked_fill(scores.isneginf(), 0.0).sum(-1)
-        for logits, scores in zip(output.logits, output.scores, strict=True)
-    ]
-    return torch.stack(steps, dim=1)
+        mass = torch.ones_like(output.sequences, dtype=torch.float32)
+        return mass, torch.full_like(mass, float("-inf"))
+    mass_steps, threshold_steps = [], []
+    for logits, scores in zip(output.logits, output.scores, strict=True):
+        cut = scores.isneginf()
+        probabilities = (logits / params.temperature).softmax(-1)
+        mass_steps.append(probabilities.masked_fill(cut, 0.0).sum(-1))
+        least_kept = logits.masked_fill(cut, float("inf")).amin(-1)
+        most_cut = logits.masked_fill(~cut, float("-inf")).amax(-1)
+        threshold_steps.append((least_kept + most_cut) / 2)  # -inf where nothing is cut
+    return torch.stack(mass_steps, dim=1), torch.stack(threshold_steps, dim=1)

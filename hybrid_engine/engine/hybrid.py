@@ -26,8 +26,10 @@ from hybrid_engine.models import (
     CausalLM,
     ForeignCausalLM,
     LoRAConfig,
+    adapters_merged,
     load_causal_lm,
     load_tokenizer,
+    save_adapter,
     save_model,
 )
 from hybrid_kernels import native_available
@@ -48,6 +50,8 @@ class HybridEngine:
         max_batch: sequences decoded together.
         kv_bytes: budget of the KV cache in bytes; 0 takes as much as `max_batch` sequences can use.
         score_tokens: tokens in one pass of the scoring forward.
+        merge_adapters: generate with LoRA adapters added into the weights, whose bits come back:
+            faster, but its log-probabilities are no longer the training forward's to the bit.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class HybridEngine:
         max_batch: int = 64,
         kv_bytes: int = 0,
         score_tokens: int = 8192,
+        merge_adapters: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -66,6 +71,7 @@ class HybridEngine:
         self.max_batch = max_batch
         self.kv_bytes = kv_bytes
         self.score_tokens = score_tokens
+        self.merge_adapters = merge_adapters
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self._phase: str | None = None
         self._native: NativeGenerator | None = None  # at the first rollout: it may compile
@@ -80,20 +86,21 @@ class HybridEngine:
         *,
         optimizer: OptimizerConfig | None = None,
         total_steps: int = 1,
+        base: str | Path | None = None,
         **options: Any,
     ) -> HybridEngine:
-        """Load a Hugging Face directory or hub name.
+        """Load a model or a PEFT adapter (on the base that it names, or ``base``), local or hub's.
 
         A ``deepspeed_config`` (it may be empty) makes the engine trainable; ``optimizer`` and
         ``total_steps`` are those of `TrainEngine`, by default a constant learning rate, for which
         the number of steps does not matter. ``options`` as in the constructor.
         """
-        model = load_causal_lm(path, dtype, lora)
+        model = load_causal_lm(path, dtype, lora, base=base)
         train_engine = None
         if deepspeed_config is not None:
             optimizer = optimizer or OptimizerConfig(schedule="constant", warmup_ratio=0.0)
             train_engine = TrainEngine(model, optimizer, total_steps, deepspeed_config)
-        return cls(model, load_tokenizer(path), train_engine, **options)
+        return cls(model, load_tokenizer(path, base), train_engine, **options)
 
     # Phases
 
@@ -106,7 +113,8 @@ class HybridEngine:
         """
         with self._enter("generation"):
             whole = self.train_engine.full_parameters() if self.train_engine else nullcontext()
-            with whole:
+            merged = adapters_merged(self.model) if self.merge_adapters else nullcontext()
+            with whole, merged:
                 try:
                     yield
                 finally:
@@ -115,7 +123,7 @@ class HybridEngine:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Optimizer steps happen inside: the module is in training mode, and nothing generates."""
+        """Optimizer steps happen inside: training mode, where adapters drop out; no generating."""
         with self._enter("training"):
             self.model.train()
             try:
@@ -200,7 +208,7 @@ class HybridEngine:
                 keep_finished(error, lists, params.n)
                 raise
         if "logprobs" not in result:
-            result |= self._scores_of(request, result["tokens"])
+            result |= self._scores_of(request, result)
         return Rollout(prompts=lists, n=params.n, **result)
 
     def _sample(self, request: Request) -> dict[str, Any]:
@@ -241,30 +249,44 @@ class HybridEngine:
         sequences: Sequence[Sequence[int]],
         prompt_lengths: Sequence[int],
         temperature: float = 1.0,
+        thresholds: Sequence[Sequence[float]] | None = None,
     ) -> list[Tensor]:
         """Log-probabilities of the tokens after each prompt, by the training forward.
+
+        With the ``thresholds`` of a `Rollout`, over the sets that its truncated sampling kept: its
+        ``kept_logprobs``.
 
         Returns:
             One fp32 tensor a sequence, of its length minus its prompt length. With several ranks
             every rank must call this; under ZeRO-3 outside `generation()`.
         """
-        return self._score(sequences, prompt_lengths, temperature)[0]
+        return self._score(sequences, prompt_lengths, temperature, thresholds)[0]
 
     def _score(
-        self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int], temperature: float
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        temperature: float,
+        thresholds: Sequence[Sequence[float]] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         if self._phase == "generation" and self._zero_stage() == 3:
             raise RuntimeError("scoring runs the training forward: call it outside generation()")
         forward = self.train_engine or self.model
-        return score_responses(forward, sequences, prompt_lengths, temperature, self.score_tokens)
+        return score_responses(
+            forward, sequences, prompt_lengths, temperature, self.score_tokens, thresholds
+        )
 
-    def _scores_of(self, request: Request, responses: list[list[int]]) -> dict[str, Any]:
-        rows = request.rows
-        sequences = [prompt + tokens for prompt, tokens in zip(rows, responses, strict=True)]
+    def _scores_of(self, request: Request, result: dict[str, Any]) -> dict[str, Any]:
+        rows, temperature = request.rows, request.params.scoring_temperature
+        sequences = [prompt + tokens for prompt, tokens in zip(rows, result["tokens"], strict=True)]
         lengths = [len(prompt) for prompt in rows]
-        scores = self._score(sequences, lengths, request.params.scoring_temperature)
+        scores = self._score(sequences, lengths, temperature)
         logprobs, entropies = ([values.tolist() for values in part] for part in scores)
-        return {"logprobs": logprobs, "entropies": entropies}
+        kept = logprobs
+        if request.params.truncated:
+            over_kept, _ = self._score(sequences, lengths, temperature, result["thresholds"])
+            kept = [values.tolist() for values in over_kept]
+        return {"logprobs": logprobs, "entropies": entropies, "kept_logprobs": kept}
 
     def _zero_stage(self) -> int:
         return self.train_engine.zero_stage if self.train_engine is not None else 0
@@ -272,5 +294,9 @@ class HybridEngine:
     # Saving
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write a Hugging Face directory that transformers opens; every rank must call this."""
+        """Write a directory that transformers opens, adapters merged; every rank must call this."""
         save_model(self.model, directory, self.tokenizer)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the model's LoRA adapter in PEFT's format; every rank must call this."""
+        save_adapter(self.model, directory, self.tokenizer)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_engine.engine.rollout import Rollout
+from hybrid_engine.engine.rollout import TOKEN_COLUMNS, Rollout
 
 _ATTRIBUTE = "partial_rollout"
 
@@ -44,7 +44,7 @@ def keep_finished(error: BaseException, prompts: list[list[int]], n: int) -> Non
         return
     reasons = columns["finish_reasons"]
     samples = [i for i, reason in enumerate(reasons) if reason in ("stop", "length")]
-    names = ("tokens", "logprobs", "entropies", "kept_mass", "finish_reasons")
+    names = (*TOKEN_COLUMNS, "finish_reasons")
     finished: dict[str, Any] = {name: [columns[name][i] for i in samples] for name in names}
     finished |= {"prompts": [prompts[i // n] for i in samples], "counters": columns["counters"]}
     setattr(error, _ATTRIBUTE, PartialRollout(samples, Rollout(**finished)))

@@ -23,7 +23,7 @@ class Pass:
     Attributes:
         samples: the samples' places in the batch, in packing order; empty for a pass that only
             keeps ranks in step.
-        batch: the packed sequences, T tokens.
+        batch: the packed sequences; those with one prompt may share its rows.
         rows: [N] packed rows whose next token is scored, sample after sample.
         targets: [N] those next tokens.
         last: [len(samples)] packed row of each sequence's last token.
@@ -36,8 +36,14 @@ class Pass:
     last: Tensor
 
 
-def pack_pass(sequences: Sequence[list[int]], spans: Sequence[Spans], samples: list[int]) -> Pass:
-    batch = pack([sequences[i] for i in samples])
+def pack_pass(
+    sequences: Sequence[list[int]],
+    spans: Sequence[Spans],
+    samples: list[int],
+    prompt_lengths: Sequence[int] | None = None,
+) -> Pass:
+    prompts = None if prompt_lengths is None else [prompt_lengths[i] for i in samples]
+    batch = pack([sequences[i] for i in samples], prompts)
     rows, targets = span_rows(batch, [spans[i] for i in samples])
     return Pass(samples, batch, rows, targets, last_rows(batch))
 
@@ -61,20 +67,25 @@ def passes(
     sequences: Sequence[list[int]], prompt_lengths: Sequence[int], max_tokens: int, group: int = 1
 ) -> Iterator[Pass]:
     """Passes that score what follows each prompt. An answer without a prompt is scored from its
-    second token: nothing precedes the first.
+    second token: nothing precedes the first. A prompt that several sequences of a pass begin with
+    is computed once.
     """
     spans = [
         [(max(prompt, 1), len(sequence))]
         for sequence, prompt in zip(sequences, prompt_lengths, strict=True)
     ]
-    return span_passes(sequences, spans, max_tokens, group)
+    return span_passes(sequences, spans, max_tokens, group, prompt_lengths)
 
 
 def span_passes(
-    sequences: Sequence[list[int]], spans: Sequence[Spans], max_tokens: int, group: int = 1
+    sequences: Sequence[list[int]],
+    spans: Sequence[Spans],
+    max_tokens: int,
+    group: int = 1,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> Iterator[Pass]:
     """Packs a rank's share of a batch; every `group` consecutive sequences stay together in one
-    pass.
+    pass, and equal prompts share rows if `prompt_lengths` are given.
 
     Under ZeRO-2 every backward and under ZeRO-3 every forward is a collective, so ranks with less
     work run idle passes at the end; how many is agreed on before the first, when no rank is inside
@@ -84,7 +95,8 @@ def span_passes(
     plan = plan_passes(lengths, max_tokens)
     most = int(all_reduce_max(len(plan)))
     for groups in plan:
-        yield pack_pass(sequences, spans, [g * group + i for g in groups for i in range(group)])
+        samples = [g * group + i for g in groups for i in range(group)]
+        yield pack_pass(sequences, spans, samples, prompt_lengths)
     for _ in range(most - len(plan)):
         yield idle_pass()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_engine.engine.request import Request
+from hybrid_engine.engine.rollout import TOKEN_COLUMNS
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
@@ -26,7 +27,8 @@ class ProgramBuilder:
         return self.model.spec.as_dict()
 
     def tensors(self, longest: int) -> dict[str, Tensor]:
-        """The module's own parameters, and the position tables for ``longest`` tokens.
+        """The module's own parameters, without adapters that are switched off, and the position
+        tables for ``longest`` tokens.
 
         Take them anew for every rollout: DeepSpeed re-points parameters into its own buffers.
 
@@ -34,8 +36,16 @@ class ProgramBuilder:
             UserError: parameters that the CPU kernels cannot read.
         """
         spec = self.model.spec
+        idle = {
+            f"{name}.{part}"
+            for name, linear in adapted_linears(self.model)
+            if not linear.lora_enabled
+            for part in ("lora_a", "lora_b")
+        }
         tensors = {
-            name: p.detach() for name, p in self.model.named_parameters(remove_duplicate=False)
+            name: p.detach()
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if name not in idle
         }
         for name, tensor in tensors.items():
             _check_readable(name, tensor)
@@ -47,7 +57,7 @@ class ProgramBuilder:
         return tensors
 
     def lora_scales(self) -> dict[str, float]:
-        """alpha / r of every adapted linear layer."""
+        """The factor of every adapted linear layer's low-rank term."""
         return {name: linear.lora_scale for name, linear in adapted_linears(self.model)}
 
     def build(self) -> Any:
@@ -156,7 +166,7 @@ def _one_list_a_sample(flat: dict[str, Any]) -> dict[str, Any]:
     lengths = flat["offsets"].diff().tolist()
     per_sample = {
         name: [part.tolist() for part in flat[name].split(lengths)] if lengths else []
-        for name in ("tokens", "logprobs", "entropies", "kept_mass")
+        for name in TOKEN_COLUMNS
     }
     return {**per_sample, "finish_reasons": flat["finish_reasons"], "counters": flat["counters"]}
 
@@ -168,9 +178,9 @@ def _lengths_of_drafts(request: Request) -> list[float]:
 
 
 def _check_readable(name: str, tensor: Tensor) -> None:
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.device.type != "cpu":
         what = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
         raise UserError(
-            f"generation reads float32 weights on the CPU, but {name} is {what}; "
-            'load the model with dtype="float32"'
+            f"generation reads float32 or bfloat16 weights on the CPU, but {name} is {what}; "
+            'load the model with dtype="float32" or "bfloat16"'
         )

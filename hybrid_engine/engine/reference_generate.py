@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_engine.engine.request import Request
+from hybrid_engine.engine.rollout import TOKEN_COLUMNS
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import CausalLM, last_rows, pack
 from hybrid_kernels import ops
@@ -28,6 +29,8 @@ class _Sample:
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     kept_mass: list[float] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
+    kept_logprobs: list[float] = field(default_factory=list)
     reason: str = ""
 
 
@@ -64,14 +67,13 @@ def _generate(model: CausalLM, samples: list[_Sample], request: Request) -> None
 
 
 def _columns(samples: list[_Sample]) -> dict[str, Any]:
-    columns = ("tokens", "logprobs", "entropies", "kept_mass")
-    result: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in columns}
+    result: dict[str, Any] = {name: [getattr(s, name) for s in samples] for name in TOKEN_COLUMNS}
     return {**result, "finish_reasons": [s.reason for s in samples], "counters": {}}
 
 
 def _draw(model: CausalLM, live: list[_Sample], params: SamplingParams) -> Any:
     batch = pack([sample.prompt + sample.tokens for sample in live])
-    hidden = model.decoder(batch).index_select(0, last_rows(batch))
+    hidden = model.decoder(batch, rows=last_rows(batch))
     (logits,) = model.head(hidden)
     return ops.sample(
         logits,
@@ -85,14 +87,9 @@ def _draw(model: CausalLM, live: list[_Sample], params: SamplingParams) -> Any:
 
 
 def _append(live: list[_Sample], drawn: Any, stop_tokens: frozenset[int]) -> None:
-    columns = (drawn.token, drawn.logprob, drawn.entropy, drawn.kept_mass)
-    for sample, *values in zip(live, *(column.tolist() for column in columns), strict=True):
-        for row, value in zip(
-            (sample.tokens, sample.logprobs, sample.entropies, sample.kept_mass),
-            values,
-            strict=True,
-        ):
-            row.append(value)
+    for sample, *values in zip(live, *(column.tolist() for column in drawn), strict=True):
+        for name, value in zip(TOKEN_COLUMNS, values, strict=True):
+            getattr(sample, name).append(value)
         if sample.tokens[-1] in stop_tokens:
             sample.reason = "stop"
         elif len(sample.tokens) == sample.limit:

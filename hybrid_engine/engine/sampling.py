@@ -20,8 +20,8 @@ class SamplingParams:
         temperature: divides the logits. 0 takes the most likely token, whose log-probability is
             then reported at temperature 1.
         top_k: only the k most likely tokens are drawn; 0 means all.
-        top_p: only the smallest set of most likely tokens with this mass is drawn; 1 means all.
-            Log-probabilities are those of the whole vocabulary, before truncation.
+        top_p: only the smallest set of most likely tokens with this mass is drawn; 1 means all. A
+            rollout has log-probabilities of both, the whole vocabulary and the tokens kept.
         seed: a token's random number belongs to (seed, sample id, place in the response).
         ignore_eos: end-of-sequence tokens do not end a response; `stop_token_ids` still do.
         stop_token_ids: further tokens that end a response. The token that ends it is kept.

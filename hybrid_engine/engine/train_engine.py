@@ -76,6 +76,9 @@ class TrainEngine:
         if settings.clips_outside(self._settings):
             self._optimizer.register_step_pre_hook(self._clip_bare_optimizer)
         self._engine = _initialise_deepspeed(module, self._optimizer, self._settings)
+        if world_size() == 1 and settings.clips_outside(self._settings):
+            # A rank alone has nothing to average; DeepSpeed would still copy all gradients twice.
+            self._engine.enable_backward_allreduce = False
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

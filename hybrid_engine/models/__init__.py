@@ -5,10 +5,17 @@ from .decoder import Block, Decoder
 from .families import spec_from_hf
 from .foreign import ForeignCausalLM, ForeignScalarModel
 from .heads import CausalLM, ScalarModel, TokenScores
-from .lora import LoRAConfig, adapted_linears, adapters_disabled, apply_lora, merged_weight
+from .lora import (
+    LoRAConfig,
+    adapted_linears,
+    adapters_disabled,
+    adapters_merged,
+    apply_lora,
+    merged_weight,
+)
 from .packing import PackedBatch, last_rows, pack, response_rows, span_rows, unpack
 from .rope import rope_tables
-from .saving import save_model
+from .saving import save_adapter, save_model
 from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
 from .tokenizers import load_tokenizer
 from .trunk import Trunk, compute_trunk, frozen_blocks, share_frozen_trunk
@@ -29,6 +36,7 @@ __all__ = [
     "UnsupportedFamily",
     "adapted_linears",
     "adapters_disabled",
+    "adapters_merged",
     "apply_lora",
     "compute_trunk",
     "frozen_blocks",
@@ -40,6 +48,7 @@ __all__ = [
     "pack",
     "response_rows",
     "rope_tables",
+    "save_adapter",
     "save_model",
     "share_frozen_trunk",
     "span_rows",

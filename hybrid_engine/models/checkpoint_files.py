@@ -17,9 +17,11 @@ from torch import Tensor
 from hybrid_engine.errors import UserError
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 GENERATION_CONFIG = "generation_config.json"
 _SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-_WEIGHTS = ["model.safetensors", "model-*.safetensors"]  # not the variants and copies beside them
+# Not the variants and copies beside them.
+_WEIGHTS = ["model.safetensors", "model-*.safetensors", "adapter_model.safetensors"]
 _ELSEWHERE = ["*/*"]  # other formats (onnx/, original/) live in folders of a hub repository
 
 
@@ -28,9 +30,17 @@ def locate(path_or_name: str | Path) -> Path:
 
     Raises UserError when neither exists. Only data is fetched, never code.
     """
+    directory = locate_any(path_or_name)
+    if is_adapter(directory):
+        raise UserError(f"{path_or_name}: an adapter, where a whole model is needed")
+    return directory
+
+
+def locate_any(path_or_name: str | Path) -> Path:
+    """:func:`locate`, of a model or an adapter."""
     path = Path(path_or_name).expanduser()
     if path.is_dir():
-        if not (path / CONFIG).is_file():
+        if not (path / CONFIG).is_file() and not is_adapter(path):
             raise UserError(f"{path}: no {CONFIG}; give a directory in Hugging Face's format")
         return path
     name = str(path_or_name)
@@ -40,6 +50,11 @@ def locate(path_or_name: str | Path) -> Path:
             "files, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     return _download(name)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory is PEFT's: an adapter without the model that it adapts."""
+    return (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file()
 
 
 def _download(name: str) -> Path:
@@ -58,6 +73,8 @@ def _download(name: str) -> Path:
             ) from error
 
     directory = fetch([*_SIDE_FILES, *_WEIGHTS])
+    if is_adapter(directory):
+        return directory
     if not weight_files(directory):
         directory = fetch([*_SIDE_FILES, "pytorch_model*.bin"])
     if not (directory / CONFIG).is_file():
@@ -104,6 +121,19 @@ def architectures(directory: Path) -> list[str]:
 def has_score_head(directory: Path) -> bool:
     """Whether the directory calls itself a classifier: a reward or value model with its head."""
     return any(name.endswith("ForSequenceClassification") for name in architectures(directory))
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an adapter was trained on."""
+
+    name: str  # absolute path of a directory, or hub name
+    sha256: str  # of its weights
+
+    @staticmethod
+    def name_of(path_or_name: str | Path) -> str:
+        path = Path(path_or_name).expanduser()
+        return str(path.resolve()) if path.is_dir() else str(path_or_name)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The decoder as a training module: the same arithmetic, in the same order, as the C++ program.
 
 Residual additions happen inside the norms: between blocks travel the residual stream ``hidden``
-and the last layer's output ``delta``, which the next norm adds. There is no dropout anywhere, by
-design: log-probabilities of sampled tokens must be those of the network that sampled them.
+and the last layer's output ``delta``, which the next norm adds. There is no dropout but that of
+LoRA adapters, which reinforcement learning goes without: log-probabilities of sampled tokens must
+be those of the network that sampled them.
 
 ZeRO-3 gathers a module's own parameters around that module's forward, so every fused operator
 here reads the parameters of one module only.
@@ -30,8 +31,7 @@ from .trunk import Trunk
 class AttentionContext(NamedTuple):
     """What every block's attention needs to know about the batch."""
 
-    positions: Tensor  # [T] int32
-    cu_seqlens: Tensor  # [B + 1] int32
+    batch: PackedBatch
     cos: Tensor | None  # [P, rotary_dim / 2], rotary only
     sin: Tensor | None
     alibi_slopes: Tensor | None  # [H], ALiBi only
@@ -57,21 +57,28 @@ class Block(nn.Module):
         self.mlp_out = Linear(spec.intermediate_size, h, bias=spec.mlp_bias)
 
     def forward(
-        self, hidden: Tensor, delta: Tensor | None, context: AttentionContext
+        self,
+        hidden: Tensor,
+        delta: Tensor | None,
+        context: AttentionContext,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """With ``rows [N]`` only these come out: what follows attention is computed for them
+        alone.
+        """
         if self.spec.norm_position == "post":
-            hidden, _ = self.attn_norm(self.attend(hidden, context), hidden)
+            hidden, _ = self.attn_norm(self.attend(hidden, context, rows), _select(hidden, rows))
             hidden, _ = self.mlp_norm(self.mlp(hidden), hidden)
             return hidden, None
         if delta is None:
             normed = self.attn_norm(hidden)
         else:
             normed, hidden = self.attn_norm(delta, hidden)
-        normed, hidden = self.mlp_norm(self.attend(normed, context), hidden)
+        normed, hidden = self.mlp_norm(self.attend(normed, context, rows), _select(hidden, rows))
         return hidden, self.mlp(normed)
 
-    def attend(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Self-attention of normalised rows ``[T, h]`` -> ``[T, h]``."""
+    def attend(self, x: Tensor, context: AttentionContext, rows: Tensor | None = None) -> Tensor:
+        """Self-attention of normalised rows ``[T, h]`` -> ``[T, h]``, or ``[N, h]`` at ``rows``."""
         spec = self.spec
         q, k, v = self.qkv(x).split(spec.qkv_splits, dim=-1)
         q = q.unflatten(-1, (spec.heads, spec.head_dim))
@@ -80,16 +87,18 @@ class Block(nn.Module):
         if spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if context.cos is not None and context.sin is not None:
-            q, k = ops.rope(q, k, context.cos, context.sin, context.positions)
+            q, k = ops.rope(q, k, context.cos, context.sin, context.batch.positions)
+        q, k, v = (context.batch.at_places(x) for x in (q, k, v))
         attended = ops.attention(
             q,
             k,
             v,
-            context.cu_seqlens,
+            context.batch.cu_seqlens,
             spec.attention_scale,
             alibi_slopes=context.alibi_slopes,
             window=spec.sliding_window,
         )
+        attended = _select(context.batch.at_rows(attended), rows)
         return self.attn_out(attended.flatten(-2))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -101,7 +110,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm: packed tokens ``[T]`` -> hidden states ``[T, embed_dim]``."""
+    """Embedding, blocks, final norm: packed tokens ``[T]`` -> hidden states of any rows."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -118,8 +127,11 @@ class Decoder(nn.Module):
         if spec.final_norm:
             self.final_norm = _norm(spec)
 
-    def forward(self, batch: PackedBatch, trunk: Trunk | None = None) -> Tensor:
-        """Hidden states after the last norm ``[T, embed_dim]``, ready for a head.
+    def forward(
+        self, batch: PackedBatch, trunk: Trunk | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm, ready for a head: ``[N, embed_dim]`` at packed rows
+        ``rows [N]``, or all ``[T, embed_dim]``.
 
         ``trunk`` replaces embedding and blocks ``[0, trunk.stop)``, which must be frozen.
         """
@@ -127,18 +139,18 @@ class Decoder(nn.Module):
             trunk = Trunk(self.embed(batch), 0)
         else:
             self._check_trunk(batch, trunk)
-        hidden, delta = self._run(trunk.hidden, batch, trunk.stop, self.spec.num_layers)
+        hidden, delta = self._run(trunk.hidden, batch, trunk.stop, self.spec.num_layers, rows)
         return self._finish(hidden, delta)
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Hidden states ``[T, h]`` entering block 0."""
         self._check_length(batch)
-        hidden = self.embed_tokens(batch.input_ids)
+        hidden = ops.activations(self.embed_tokens(batch.input_ids))
         if self.spec.embed_dim != self.spec.hidden_size:
             hidden = self.project_in(hidden)
         if self.spec.positions == "learned":
             rows = batch.positions.long() + self.spec.position_offset
-            hidden = hidden + self.embed_positions(rows)
+            hidden = hidden + ops.activations(self.embed_positions(rows))
         return hidden
 
     def run_blocks(self, hidden: Tensor, batch: PackedBatch, start: int, stop: int) -> Tensor:
@@ -152,15 +164,25 @@ class Decoder(nn.Module):
         return [getattr(self, name) for name in names if hasattr(self, name)]
 
     def _run(
-        self, hidden: Tensor, batch: PackedBatch, start: int, stop: int
+        self,
+        hidden: Tensor,
+        batch: PackedBatch,
+        start: int,
+        stop: int,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if start == stop:
+            return _select(hidden, rows), None
         context = self._context(batch)
         delta: Tensor | None = None
-        for block in self.blocks[start:stop]:
+        for index in range(start, stop):
+            block, wanted = self.blocks[index], rows if index == stop - 1 else None
             if self._recomputes(block):
-                hidden, delta = checkpoint(block, hidden, delta, context, use_reentrant=False)
+                hidden, delta = checkpoint(
+                    block, hidden, delta, context, wanted, use_reentrant=False
+                )
             else:
-                hidden, delta = block(hidden, delta, context)
+                hidden, delta = block(hidden, delta, context, wanted)
         return hidden, delta
 
     def _finish(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
@@ -182,7 +204,7 @@ class Decoder(nn.Module):
             cos, sin = rope_tables(self.spec.rope, length, self.spec.max_positions, device)
         elif self.spec.positions == "alibi":
             slopes = alibi_slopes(self.spec.heads).to(device)
-        return AttentionContext(batch.positions, batch.cu_seqlens, cos, sin, slopes)
+        return AttentionContext(batch, cos, sin, slopes)
 
     def _recomputes(self, block: nn.Module) -> bool:
         """Frozen blocks at the bottom keep no activations, so there is nothing to recompute."""
@@ -221,6 +243,10 @@ def alibi_slopes(heads: int) -> Tensor:
 
     below = 2 ** math.floor(math.log2(heads))
     return torch.tensor(series(below) + series(2 * below)[0::2][: heads - below])
+
+
+def _select(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
 
 
 def _norm(spec: DecoderSpec) -> nn.Module:

@@ -55,7 +55,7 @@ class ForeignModel(nn.Module):
         columns = torch.arange(ids.shape[1], device=ids.device)
         mask = columns[None, :] < batch.lengths[:, None]
         inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
-        return inputs, mask.flatten().nonzero().squeeze(1)
+        return inputs, batch.at_rows(mask.flatten().nonzero().squeeze(1))
 
     def save(self, target: Path, tokenizer: Any | None) -> None:
         """Write a Hugging Face directory through transformers."""
@@ -78,11 +78,12 @@ class ForeignCausalLM(ForeignModel):
         targets: Tensor,
         temperature: float = 1.0,
         trunk: Trunk | None = None,
+        thresholds: Tensor | None = None,
     ) -> TokenScores:
         """Score ``targets [N]`` after packed rows ``rows [N]``; holds the batch's full logits."""
         _no_trunk(trunk)
-        logits = self.logits(batch).index_select(0, rows)
-        return TokenScores(*ops.token_logprobs(logits.float(), targets, temperature))
+        logits = self.logits(batch).index_select(0, rows).float()
+        return TokenScores(*ops.token_logprobs(logits, targets, temperature, thresholds))
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Next-token logits of every packed row ``[T, V]``."""

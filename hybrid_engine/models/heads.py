@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from hybrid_kernels import ops
 from hybrid_kernels.nn import Linear
 
-from .checkpoint_files import Source
+from .checkpoint_files import Base, Source
 from .decoder import Decoder
 from .packing import PackedBatch
 from .spec import DecoderSpec
 from .trunk import Trunk
+
+if TYPE_CHECKING:
+    from .lora import Adapter
 
 
 class TokenScores(NamedTuple):
@@ -35,12 +38,16 @@ class LMHead(nn.Module):
         self.weight: Tensor = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        temperature: float = 1.0,
+        thresholds: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """(logprobs, entropies) of ``targets [N]``; without targets (logits ``[N, V]``,)."""
         if targets is None:
             return (ops.linear(hidden, self.weight),)
-        return ops.linear_token_logprobs(hidden, self.weight, targets, temperature)
+        return ops.linear_token_logprobs(hidden, self.weight, targets, temperature, thresholds)
 
 
 class NativeModel(nn.Module):
@@ -53,6 +60,8 @@ class NativeModel(nn.Module):
         self.spec = spec
         self.decoder = Decoder(spec)
         self.source: Source | None = None  # set by the loader, read by save_model
+        self.adapter: Adapter | None = None  # set where low-rank factors are added
+        self.base: Base | None = None  # what they were added to, if it was loaded for that
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -65,7 +74,7 @@ class NativeModel(nn.Module):
 
 
 class CausalLM(NativeModel):
-    """A language model over packed batches. It has no dropout, in training as in evaluation."""
+    """A language model over packed batches. Its adapters alone may have dropout."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__(spec)
@@ -84,13 +93,15 @@ class CausalLM(NativeModel):
         targets: Tensor,
         temperature: float = 1.0,
         trunk: Trunk | None = None,
+        thresholds: Tensor | None = None,
     ) -> TokenScores:
         """Score ``targets [N]`` as the tokens that follow packed rows ``rows [N]``.
 
-        Full logits never exist: the head works through the rows in chunks.
+        With ``thresholds [N]`` the scores are over the logits that reach them: the distribution
+        that truncated sampling drew from. Full logits never exist.
         """
-        hidden = self.decoder(batch, trunk)
-        return TokenScores(*self.head(hidden.index_select(0, rows), targets, temperature))
+        hidden = self.decoder(batch, trunk, rows)
+        return TokenScores(*self.head(hidden, targets, temperature, thresholds))
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Next-token logits of every row ``[T, V]``: for tests and chat, not for training."""
@@ -110,5 +121,4 @@ class ScalarModel(NativeModel):
 
     def forward(self, batch: PackedBatch, rows: Tensor, trunk: Trunk | None = None) -> Tensor:
         """Scores of packed rows ``rows [N]`` -> ``[N]``."""
-        hidden = self.decoder(batch, trunk)
-        return self.score(hidden.index_select(0, rows)).squeeze(-1)
+        return self.score(self.decoder(batch, trunk, rows)).squeeze(-1)

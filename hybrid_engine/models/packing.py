@@ -10,18 +10,26 @@ from torch import Tensor
 
 
 class PackedBatch(NamedTuple):
-    """B sequences of T tokens together; sequence b is ``input_ids[cu_seqlens[b]:cu_seqlens[b+1]]``.
+    """B sequences laid end to end. Sequence b has the places ``cu_seqlens[b]`` to
+    ``cu_seqlens[b+1]``; a place is a packed row, or several places share one.
+
+    A row that sequences share (the prompt of a group of answers) is computed once: all but
+    attention works on the T rows, attention on the places. T is the number of places where nothing
+    is shared.
 
     A named tuple, because DeepSpeed's ZeRO-3 hooks look for tensors inside tuples.
     """
 
     input_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int32, counted from zero in each sequence
-    cu_seqlens: Tensor  # [B + 1] int32
+    cu_seqlens: Tensor  # [B + 1] int32, places
     max_length: int = -1  # longest sequence, kept on the host; -1: not known yet
+    row_of: Tensor | None = None  # [places] int64: the row at each place; None: nothing is shared
+    place_of: Tensor | None = None  # [T] int64: the first place of each row
 
     @property
     def num_tokens(self) -> int:
+        """T: the rows that are computed."""
         return self.input_ids.shape[0]
 
     @property
@@ -40,28 +48,75 @@ class PackedBatch(NamedTuple):
             return self.max_length
         return int(self.lengths.max()) if self.num_sequences else 0
 
+    def at_places(self, values: Tensor) -> Tensor:
+        """Rows ``[T, ...]`` as the sequences have them, ``[places, ...]``."""
+        return values if self.row_of is None else values.index_select(0, self.row_of)
+
+    def at_rows(self, values: Tensor) -> Tensor:
+        """The inverse of :meth:`at_places` for values that shared places agree on."""
+        return values if self.place_of is None else values.index_select(0, self.place_of)
+
     def to(self, device: torch.device | str) -> PackedBatch:
-        ids, positions = self.input_ids.to(device), self.positions.to(device)
-        return PackedBatch(ids, positions, self.cu_seqlens.to(device), self.max_length)
+        return PackedBatch(
+            self.input_ids.to(device),
+            self.positions.to(device),
+            self.cu_seqlens.to(device),
+            self.max_length,
+            None if self.row_of is None else self.row_of.to(device),
+            None if self.place_of is None else self.place_of.to(device),
+        )
 
 
-def pack(sequences: Sequence[Sequence[int]]) -> PackedBatch:
-    """Lay token lists end to end. Empty sequences are allowed and own no row."""
+def pack(
+    sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int] | None = None
+) -> PackedBatch:
+    """Lay token lists end to end. Empty sequences are allowed and own no row.
+
+    With ``prompt_lengths`` sequences that begin with the same prompt, of their first that many
+    tokens, share its rows. Every row gives the same bits as without.
+    """
     lengths = [len(sequence) for sequence in sequences]
     flat = [token for sequence in sequences for token in sequence]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     positions = [position for length in lengths for position in range(length)]
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=torch.tensor(flat, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int32),
         cu_seqlens=starts.to(torch.int32),
         max_length=max(lengths, default=0),
     )
+    return batch if prompt_lengths is None else _share_prompts(batch, sequences, prompt_lengths)
+
+
+def _share_prompts(
+    batch: PackedBatch, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]
+) -> PackedBatch:
+    rows: list[int] = []  # of every place
+    places: list[int] = []  # of every row
+    prompts: dict[tuple[int, ...], int] = {}  # the first row of each
+    for sequence, length in zip(sequences, prompt_lengths, strict=True):
+        prompt = tuple(sequence[:length])
+        first = prompts.setdefault(prompt, len(places))
+        shared = len(prompt) if first < len(places) else 0
+        start, own = len(rows), len(sequence) - shared
+        rows += [*range(first, first + shared), *range(len(places), len(places) + own)]
+        places += range(start + shared, start + len(sequence))
+    if len(rows) == len(places):
+        return batch
+    place_of = torch.tensor(places)
+    return batch._replace(
+        input_ids=batch.input_ids[place_of],
+        positions=batch.positions[place_of],
+        row_of=torch.tensor(rows),
+        place_of=place_of,
+    )
 
 
 def unpack(values: Tensor, batch: PackedBatch) -> list[Tensor]:
-    """Views of packed rows ``[T, ...]``, one tensor ``[length, ...]`` a sequence."""
-    return list(values.split(batch.lengths.tolist()))
+    """Packed rows ``[T, ...]`` as one tensor ``[length, ...]`` a sequence; views, if no row is
+    shared.
+    """
+    return list(batch.at_places(values).split(batch.lengths.tolist()))
 
 
 def response_rows(batch: PackedBatch, prompt_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -97,11 +152,15 @@ def span_rows(
             if not 1 <= begin <= end <= length:
                 raise ValueError(f"span {begin}..{end} outside 1..{length} (its sequence)")
             rows.append(torch.arange(start + begin - 1, start + end - 1))
-    row = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-    row = row.to(batch.input_ids.device)
-    return row, batch.input_ids[row + 1]
+    place = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+    place = place.to(batch.input_ids.device)
+    return _rows_at(batch, place), batch.at_places(batch.input_ids)[place + 1]
 
 
 def last_rows(batch: PackedBatch) -> Tensor:
     """Row of every sequence's last token, int64 ``[B]``; sequences must not be empty."""
-    return batch.cu_seqlens[1:].long() - 1
+    return _rows_at(batch, batch.cu_seqlens[1:].long() - 1)
+
+
+def _rows_at(batch: PackedBatch, places: Tensor) -> Tensor:
+    return places if batch.row_of is None else batch.row_of[places]

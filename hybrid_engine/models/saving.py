@@ -6,20 +6,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_engine.errors import UserError
 from hybrid_kernels.nn import Linear
 
+from .adapter_files import write_adapter
 from .checkpoint_files import CONFIG, GENERATION_CONFIG, Source
 from .families import HEAD, SCORE, family_of_type
 from .foreign import ForeignModel
+from .gathered import gathered, partitioned
 from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import merged_weight
 from .tokenizers import scoring_pad_token, write_tokenizer
@@ -34,10 +36,12 @@ def save_model(
     directory: str | Path,
     tokenizer: Any | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
+    adapter: bool = False,
 ) -> None:
     """Write weights, config, generation config, tokenizer and chat template.
 
-    Adapters are merged into a copy; the model is left as it is. Without ``tokenizer`` the files of
+    Adapters are merged into a copy; the model is left as it is. With ``adapter`` they are written
+    unmerged as well, into the directory's ``adapter/``. Without ``tokenizer`` the files of
     the directory that the model was loaded from are copied. The directory appears whole or not at
     all: it is written beside its final place and renamed. Under ZeRO-3 every rank must call this
     (parameters are gathered one module at a time), unless it has gathered them all already; rank 0
@@ -45,13 +49,53 @@ def save_model(
     """
     directory = Path(directory)
     with written_atomically(directory, _is_writer()) as target:
-        if not isinstance(model, NativeModel):
-            if target is not None:
-                model.save(target, tokenizer)
-            return
-        _write_weights(model, target, max_shard_bytes)
+        _write_model(model, target, tokenizer, max_shard_bytes)
+        if adapter and isinstance(model, NativeModel) and model.adapter is not None:
+            _write_adapter(model, _below(target, "adapter"), tokenizer)
+
+
+def save_adapter(
+    model: AnyModel, directory: str | Path, tokenizer: Any | None = None, merged: bool = False
+) -> None:
+    """Write the adapter that the model was loaded with, in PEFT's format, and the tokenizer.
+
+    ``adapter_config.json`` names the base and has a hash of its weights. With ``merged`` the
+    directory's ``merged/`` is what :func:`save_model` writes. Who writes and when as there. Raises
+    UserError for a model without an adapter.
+    """
+    directory = Path(directory)
+    if not isinstance(model, NativeModel) or model.adapter is None:
+        raise UserError(f"{directory}: this model has no adapter to save; load it with one")
+    with written_atomically(directory, _is_writer()) as target:
+        _write_adapter(model, target, tokenizer)
+        if merged:
+            _write_model(model, _below(target, "merged"), tokenizer, _MAX_SHARD_BYTES)
+
+
+def _below(target: Path | None, name: str) -> Path | None:
+    if target is None:
+        return None
+    (target / name).mkdir()
+    return target / name
+
+
+def _write_model(
+    model: AnyModel, target: Path | None, tokenizer: Any | None, max_shard_bytes: int
+) -> None:
+    if not isinstance(model, NativeModel):
         if target is not None:
-            _write_companions(model, target, tokenizer)
+            model.save(target, tokenizer)
+        return
+    _write_weights(model, target, max_shard_bytes)
+    if target is not None:
+        _write_companions(model, target, tokenizer)
+
+
+def _write_adapter(model: NativeModel, target: Path | None, tokenizer: Any | None) -> None:
+    write_adapter(model, target)
+    if target is not None:
+        source = _source(model)
+        write_tokenizer(target, source.directory, tokenizer, _pad_id(model, source, tokenizer))
 
 
 def _is_writer() -> bool:
@@ -112,7 +156,7 @@ def checkpoint_tensors(model: NativeModel) -> Iterator[tuple[str, Tensor]]:
     for entry in family.entries(model.spec):
         path, leaf = f"decoder.{entry.name}".rsplit(".", 1)
         owner = model.get_submodule(path)
-        with _gathered(owner):
+        with gathered(owner.parameters(recurse=False)):
             if leaf == "weight" and isinstance(owner, Linear):
                 tensor = merged_weight(owner)
             else:
@@ -122,10 +166,10 @@ def checkpoint_tensors(model: NativeModel) -> Iterator[tuple[str, Tensor]]:
                 turned = entry.transposed and part.dim() == 2
                 yield family.prefix + source, part.T if turned else part
     if isinstance(model, ScalarModel):
-        with _gathered(model.score):
+        with gathered(model.score.parameters(recurse=False)):
             yield SCORE, model.score.weight.detach()
     elif isinstance(model, CausalLM) and not model.spec.tied_head:
-        with _gathered(model.head):
+        with gathered(model.head.parameters(recurse=False)):
             yield HEAD, model.head.weight.detach()
 
 
@@ -135,27 +179,8 @@ def _source(model: NativeModel) -> Source:
     return model.source
 
 
-def _partitioned(module: nn.Module, recurse: bool) -> list[nn.Parameter]:
-    """Parameters that ZeRO-3 keeps in parts and nobody has gathered."""
-    return [
-        p
-        for p in module.parameters(recurse)
-        if hasattr(p, "ds_status") and p.ds_status.name != "AVAILABLE"
-    ]
-
-
-def _gathered(module: nn.Module) -> AbstractContextManager[None]:
-    """The module's own parameters, whole."""
-    parameters = _partitioned(module, recurse=False)
-    if not parameters:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
-
-
 def _write_weights(model: NativeModel, target: Path | None, max_shard_bytes: int) -> None:
-    temporary = bool(_partitioned(model, recurse=True))
+    temporary = bool(partitioned(model.parameters()))
     if target is None and not temporary:
         return
     writer = _ShardWriter(target, max_shard_bytes) if target is not None else None
@@ -207,9 +232,8 @@ def _write_companions(model: NativeModel, target: Path, tokenizer: Any | None) -
     source = _source(model)
     config = dict(source.config)
     causal, classifier = family_of_type(config["model_type"]).architectures[config["model_type"]]
-    pad_id = None
+    pad_id = _pad_id(model, source, tokenizer)
     if isinstance(model, ScalarModel):
-        pad_id = scoring_pad_token(config, source.directory, tokenizer)
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": pad_id}
     config["architectures"] = [classifier if isinstance(model, ScalarModel) else causal]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -218,6 +242,13 @@ def _write_companions(model: NativeModel, target: Path, tokenizer: Any | None) -
     if source.generation_config is not None:
         (target / GENERATION_CONFIG).write_text(source.generation_config, encoding="utf-8")
     write_tokenizer(target, source.directory, tokenizer, pad_id)
+
+
+def _pad_id(model: NativeModel, source: Source, tokenizer: Any | None) -> int | None:
+    """The padding token that a scalar model's tokenizer must have; None for another model's."""
+    if not isinstance(model, ScalarModel):
+        return None
+    return scoring_pad_token(dict(source.config), source.directory, tokenizer)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

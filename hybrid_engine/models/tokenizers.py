@@ -10,7 +10,8 @@ from typing import Any
 
 from hybrid_engine.errors import UserError
 
-from .checkpoint_files import locate
+from .checkpoint_files import is_adapter, locate_any
+from .origin import find
 
 _NAMES = (
     "tokenizer.json",
@@ -26,11 +27,16 @@ _NAMES = (
 )
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model directory or hub name; code in it is never run."""
+def load_tokenizer(path: str | Path, base: str | Path | None = None) -> Any:
+    """The tokenizer of a model directory or hub name; code in it is never run.
+
+    An adapter without one has that of the model that it adapts, or of ``base``.
+    """
     from transformers import AutoTokenizer
 
-    directory = locate(path)
+    directory = locate_any(path)
+    if is_adapter(directory) and not tokenizer_files(directory):
+        directory = find(path, base).directory
     if not tokenizer_files(directory):
         raise UserError(f"{directory}: no tokenizer files (tokenizer.json or vocab.json)")
     try:

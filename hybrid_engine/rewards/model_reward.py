@@ -70,8 +70,18 @@ def check_has_score(directory: Path, subject: str, advice: str) -> None:
     Raises:
         UserError: `subject` (who names the directory), what is there, and `advice`.
     """
-    from hybrid_engine.models.checkpoint_files import CONFIG, architectures, has_score_head
+    from hybrid_engine.models.adapter_files import AdapterFile
+    from hybrid_engine.models.checkpoint_files import (
+        CONFIG,
+        architectures,
+        has_score_head,
+        is_adapter,
+    )
 
+    if is_adapter(directory):
+        if not AdapterFile.read(directory).classifier:
+            raise UserError(f"{subject} is a language model's adapter, without a score; {advice}")
+        return
     if not (directory / CONFIG).is_file():
         raise UserError(f"{subject}: no {CONFIG} in this directory; {advice}")
     if not has_score_head(directory):

@@ -17,6 +17,8 @@ class Experience:
 
     Index t of a row is the response's token t: its log-probs, the value of the state *before* it,
     the reward it earned. EOS is a token like any other; a row's last token is its EOS or its cut.
+    `old_logprobs` are of the distributions that the tokens were drawn from: with truncated sampling
+    those over the logits from `thresholds` up, which are None without it.
     `values` and `returns` are None for methods without a critic. `trunks` holds what the frozen
     bottom of the network made of each row's prompt and response, [len(prompt) + len(response), h],
     where there is one.
@@ -31,6 +33,7 @@ class Experience:
     advantages: Tensor
     values: Tensor | None = None
     returns: Tensor | None = None
+    thresholds: Tensor | None = None
     trunks: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +69,11 @@ class Experience:
         return [len(prompt) for prompt in self.prompts]
 
     @property
+    def flat_thresholds(self) -> Tensor | None:
+        """One a sampled token, row after row; None without truncation."""
+        return None if self.thresholds is None else self.thresholds[self.mask]
+
+    @property
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
@@ -86,7 +94,8 @@ class Experience:
     def minibatches(
         self, count: int, seed: int, places: Sequence[int] | None = None, total: int = 0
     ) -> Iterator[Experience]:
-        """`count` disjoint parts in a seeded random order; sizes differ by one at most.
+        """`count` disjoint parts, drawn with a seed; sizes differ by one at most. Within a part
+        rows keep their order, so that answers to one prompt stay neighbours.
 
         Where ranks share a rollout of `total` responses, `places` are the numbers of this rank's
         rows in it. The whole is then parted, and this rank yields its share of each part: a
@@ -98,7 +107,7 @@ class Experience:
         row_at = {place: row for row, place in enumerate(places)}
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
         for part in range(count):
-            own = order[part * total // count : (part + 1) * total // count]
+            own = sorted(order[part * total // count : (part + 1) * total // count])
             yield self.select([row_at[place] for place in own if place in row_at])
 
     def _padded(self) -> dict[str, Tensor]:

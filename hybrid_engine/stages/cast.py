@@ -96,10 +96,11 @@ def assemble(
     config = run.config
     run.reporter.note(f"{STAGE}: the policy starts from {source}")
     actor = run.load_policy(source)
+    # With adapters switched off the actor is the policy that it started as.
     reference = None if config.model.lora_r else run.load_frozen(load_causal_lm, source)
     original = None
     if config.judge.fluency:
-        original = run.load_frozen(load_causal_lm, run.resolve(config.model.actor_model))
+        original = run.load_frozen(load_causal_lm, run.starting_actor())
     critic = reward_model = None
     if config.rlhf.uses_critic:
         critic = load_critic(run, run.critic_source(needs_reward_model))
@@ -127,6 +128,7 @@ def assemble(
         max_batch=config.rlhf.generation.max_batch,
         kv_bytes=config.rlhf.generation.kv_bytes,
         score_tokens=config.rlhf.max_tokens_per_pass,
+        merge_adapters=config.rlhf.generation.merge_adapters,
     )
     return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
 

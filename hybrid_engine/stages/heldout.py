@@ -86,6 +86,8 @@ def measure(
     params = SamplingParams(
         max_new_tokens=generation.max_new_tokens,
         temperature=generation.temperature,
+        top_k=generation.top_k,
+        top_p=generation.top_p,
         seed=config.seed,
         stop_token_ids=generation.stop_token_ids,
     )

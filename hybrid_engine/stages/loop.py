@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from hybrid_engine.checkpoint import RunState
 from hybrid_engine.data import Batches, rank_share
 from hybrid_engine.distributed.collectives import rank, world_size
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.rl.ema import EMA
 from hybrid_engine.run import Run
+from hybrid_engine.stages.update import hash_seed
 
 T = TypeVar("T")
 
@@ -58,6 +61,7 @@ class StageLoop:
         self.start = 0
         self.spent: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}
+        torch.manual_seed(hash_seed(run.config.seed, rank()))  # LoRA dropout; a checkpoint has it
         self._resume()
 
     def _resume(self) -> None:

@@ -33,7 +33,7 @@ def train_reward(run: Run) -> None:
         len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps
     )
     engine = run.train_engine(
-        run.load_scalar(source, run.config.model.reward_trainable_layers),
+        run.load_scalar(source, run.config.model.reward_trainable_layers, dropout=True),
         config.optimizer,
         len(batches),
         "reward model",
@@ -55,7 +55,7 @@ def train_reward(run: Run) -> None:
                 values |= measure()
             run.reporter.log(STAGE, step, values)
         after = measure()
-        run.save_model(engine, run.output / "reward", tokenizer)
+        run.save_start(engine, run.output / "reward", tokenizer)
     run.finish(
         STAGE,
         {
@@ -87,8 +87,10 @@ def train_step(
     """
     sequences = interleave(examples)
     sums = all_reduce_sums({"pairs": len(examples), "tokens": sum(map(len, sequences))})
+    engine.module.train()
     partial = {"loss": 0.0, "correct": 0.0, "gap": 0.0}
-    for part in passes(sequences, [1] * len(sequences), config.max_tokens_per_pass, group=2):
+    prompts = prompt_lengths(examples)
+    for part in passes(sequences, prompts, config.max_tokens_per_pass, group=2):
         chosen, rejected = engine(part.batch, part.last).float().view(-1, 2).unbind(1)
         margins = [config.margin + examples[i // 2].margin for i in part.samples[::2]]
         loss = pair_loss(chosen, rejected, torch.tensor(margins), config.centering)
@@ -114,6 +116,11 @@ def interleave(examples: Sequence[PairExample]) -> list[list[int]]:
     return [tokens for e in examples for tokens in (e.chosen, e.rejected)]
 
 
+def prompt_lengths(examples: Sequence[PairExample]) -> list[int]:
+    """Of the interleaved sequences."""
+    return [e.prompt_length for e in examples for _ in range(2)]
+
+
 @torch.no_grad()
 def evaluate(
     engine: TrainEngine, examples: Sequence[PairExample], config: RewardConfig
@@ -123,9 +130,11 @@ def evaluate(
     Accuracy, mean margin, the scores' distribution, and their correlation with length: a reward
     model that has learned "longer is better" shows it there, before PPO does.
     """
-    sequences = interleave([examples[i] for i in local_share(range(len(examples)))])
+    mine = [examples[i] for i in local_share(range(len(examples)))]
+    sequences, prompts = interleave(mine), prompt_lengths(mine)
+    engine.module.eval()
     local: list[float] = []
-    for part in passes(sequences, [1] * len(sequences), config.max_tokens_per_pass, group=2):
+    for part in passes(sequences, prompts, config.max_tokens_per_pass, group=2):
         local.extend(engine(part.batch, part.last).float().tolist())
     scores = torch.tensor([s for rank in all_gather_json(local) for s in rank], dtype=torch.float64)
     lengths = torch.tensor(

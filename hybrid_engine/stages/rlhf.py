@@ -108,6 +108,7 @@ def iterate(
             places,
             total,
             train_policy=trains_policy(iteration, config),
+            critic_pass=scored.critic_pass,
         )
     measured = rollout_metrics(rollout, scored, config)
     return rollout, scored, {**measured, "kl_coef": scorer.kl.coef, **updates}
@@ -163,6 +164,9 @@ def rollout_metrics(rollout: Rollout, scored: Scored, config: PPOConfig) -> dict
     averages.add(
         "rollout_entropy", math.fsum(map(math.fsum, rollout.entropies)), experience.num_tokens
     )
+    if config.generation.truncated:
+        kept = math.fsum(map(math.fsum, rollout.kept_mass))
+        averages.add("kept_mass", kept, experience.num_tokens)
     finished = torch.tensor([reason == "stop" for reason in rollout.finish_reasons])
     for name, (total, weight) in response_statistics(rollout.lengths, finished).items():
         averages.add(name, total, weight)

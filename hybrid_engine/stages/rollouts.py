@@ -47,6 +47,8 @@ class Rollouts:
                 n=generation.samples_per_prompt,
                 max_new_tokens=generation.max_new_tokens,
                 temperature=generation.temperature,
+                top_k=generation.top_k,
+                top_p=generation.top_p,
                 seed=self._run.config.seed,
                 stop_token_ids=generation.stop_token_ids,
             ),

@@ -13,6 +13,7 @@ from hybrid_engine.data import PromptExample
 from hybrid_engine.distributed.collectives import all_reduce_moments
 from hybrid_engine.engine.passes import passes
 from hybrid_engine.engine.rollout import Rollout
+from hybrid_engine.models import unpack
 from hybrid_engine.rewards import RewardMix, RewardScores, Sample
 from hybrid_engine.rl.advantages import gae, per_token, whiten
 from hybrid_engine.rl.experience import Experience
@@ -32,6 +33,7 @@ class ModelScores:
     Attributes:
         ref_logprobs: [B, T] reference log-probabilities of the response tokens.
         values: [B, T] value of the state before each response token.
+        critic_pass: [sum of lengths] the same, row after row, with the graph behind them; if kept.
         rewards: [B] the reward model's score at the last token.
         trunks: hidden states of each sequence where the shared frozen blocks end.
     """
@@ -40,27 +42,37 @@ class ModelScores:
     values: Tensor | None
     rewards: list[float] | None
     trunks: list[Tensor] | None
+    critic_pass: Tensor | None
 
 
 @torch.no_grad()
-def score_with_models(cast: Cast, rollout: Rollout, config: PPOConfig) -> ModelScores:
-    """One packed forward of every model over the rollout; blocks they share run once."""
+def score_with_models(
+    cast: Cast, rollout: Rollout, config: PPOConfig, *, for_update: bool = False
+) -> ModelScores:
+    """One packed forward of every model over the rollout; blocks they share run once.
+
+    Where an update follows whose first step takes the whole rollout in one pass, the critic's
+    forward is that of the step, too: same rows, same weights. Its graph is kept then.
+    """
     ref: list[Tensor] = []
     values: list[Tensor] = []
     rewards: list[float] = []
     trunks: list[Tensor] = []
-    for part in passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass):
+    parts = list(passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass))
+    keeps_graph = for_update and config.minibatches == len(parts) == 1
+    for part in parts:
         trunk = cast.trunk(part.batch)
         temperature = config.generation.temperature
         ref.append(
             cast.reference_scores(part.batch, part.rows, part.targets, temperature, trunk).logprobs
         )
         if cast.critic is not None:
-            values.append(cast.critic(part.batch, part.rows, trunk).float())
+            with torch.set_grad_enabled(keeps_graph):
+                values.append(cast.critic(part.batch, part.rows, trunk).float())
         if cast.reward_model is not None:
             rewards.extend(cast.reward_model(part.batch, part.last, trunk).float().tolist())
         if trunk is not None and part.samples:
-            trunks.extend(trunk.hidden.split(part.batch.lengths.tolist()))
+            trunks.extend(unpack(trunk.hidden, part.batch))
     width = max(map(len, rollout.tokens), default=0)
 
     def padded(flat: list[Tensor]) -> Tensor:
@@ -71,6 +83,7 @@ def score_with_models(cast: Cast, rollout: Rollout, config: PPOConfig) -> ModelS
         padded(values) if cast.critic is not None else None,
         rewards if cast.reward_model is not None else None,
         trunks if cast.shared_blocks else None,
+        values[0] if values and keeps_graph else None,
     )
 
 
@@ -101,6 +114,8 @@ class Scored:
     """k1 of each response, summed over its tokens: [B] nats."""
     kl_k3: Tensor
     """k3 likewise: the same expectation with less variance, for the report alone."""
+    critic_pass: Tensor | None
+    """See :class:`ModelScores`."""
 
 
 class Scorer:
@@ -115,7 +130,7 @@ class Scorer:
 
     def __call__(self, rollout: Rollout, prompts: Sequence[PromptExample]) -> Scored:
         config, lengths = self.config, rollout.lengths
-        models = score_with_models(self.cast, rollout, config)
+        models = score_with_models(self.cast, rollout, config, for_update=True)
         raw = self.mix(samples_of(rollout, prompts, self.cast), models.rewards)
         scores = torch.tensor(raw.total, dtype=torch.float32)
         self.moments.update(all_reduce_moments(moments_of(scores)))
@@ -124,9 +139,12 @@ class Scorer:
         )
         limit = config.generation.max_new_tokens
         shaped = shape_scores(scores, finished, lengths, limit, config.shaping, self.moments)
-        old = rollout.padded_logprobs()
-        mask = length_mask(lengths, old.shape[1])
-        kl = k1(old, models.ref_logprobs) * mask
+        # Policy and reference are compared over the whole vocabulary. The reference has no kept set
+        # of its own, and a policy at rest would pay for the truncation of its samples.
+        logprobs = rollout.padded_logprobs()
+        truncated = config.generation.truncated
+        mask = length_mask(lengths, logprobs.shape[1])
+        kl = k1(logprobs, models.ref_logprobs) * mask
         rewards = token_rewards(shaped.scores, kl, lengths, self.kl.coef)
         advantages, returns = self._advantages(rewards, models.values, lengths)
         if config.whiten_advantages and config.advantage in ("gae", "reinforce_baseline"):
@@ -135,17 +153,17 @@ class Scorer:
             prompts=[prompt for prompt in rollout.prompts for _ in range(rollout.n)],
             tokens=rollout.tokens,
             lengths=lengths,
-            old_logprobs=old,
+            old_logprobs=rollout.padded_kept_logprobs(),
             ref_logprobs=models.ref_logprobs,
             rewards=rewards,
             advantages=advantages,
             values=models.values,
             returns=returns,
+            thresholds=rollout.padded_thresholds() if truncated else None,
             trunks=models.trunks,
         )
-        return Scored(
-            experience, raw, shaped, kl.sum(1), (k3(old, models.ref_logprobs) * mask).sum(1)
-        )
+        k3_sum = (k3(logprobs, models.ref_logprobs) * mask).sum(1)
+        return Scored(experience, raw, shaped, kl.sum(1), k3_sum, models.critic_pass)
 
     def _advantages(
         self, rewards: Tensor, values: Tensor | None, lengths: Tensor

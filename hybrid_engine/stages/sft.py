@@ -27,7 +27,9 @@ def train_sft(run: Run) -> None:
     batches = Batches(
         len(data.train), config.batch_size, run.config.seed, config.epochs, config.max_steps
     )
-    engine = run.train_engine(run.load_policy(source), config.optimizer, len(batches), "policy")
+    engine = run.train_engine(
+        run.load_policy(source, dropout=True), config.optimizer, len(batches), "policy"
+    )
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"policy": engine})
 
     def measure() -> dict[str, float]:
@@ -47,7 +49,7 @@ def train_sft(run: Run) -> None:
                 values |= {f"heldout_{name}": value for name, value in measure().items()}
             run.reporter.log(STAGE, step, values)
         after = measure()
-        run.save_model(engine, run.output / "sft", tokenizer)
+        run.save_start(engine, run.output / "sft", tokenizer)
     run.finish(
         STAGE,
         {
@@ -72,6 +74,7 @@ def train_step(
     tokens, spans = [e.tokens for e in examples], [e.spans for e in examples]
     targets = sum(e.num_targets for e in examples)
     sums = all_reduce_sums({"targets": targets, "tokens": sum(map(len, tokens))})
+    engine.module.train()
     loss = 0.0
     for part in span_passes(tokens, spans, max_tokens):
         nll = -engine(part.batch, part.rows, part.targets).logprobs.sum()
@@ -97,6 +100,7 @@ def evaluate(
     """
     share = [examples[i] for i in local_share(range(len(examples)))]
     tokens, spans = [e.tokens for e in share], [e.spans for e in share]
+    engine.module.eval()
     sums = {"nll": 0.0, "targets": 0.0}
     for part in span_passes(tokens, spans, max_tokens):
         logprobs = engine(part.batch, part.rows, part.targets).logprobs

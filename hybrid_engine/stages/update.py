@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from hybrid_engine.config import PPOConfig
 from hybrid_engine.data import SFTExample
@@ -48,9 +49,11 @@ class Updater:
         places: Sequence[int],
         total: int,
         train_policy: bool = True,
+        critic_pass: Tensor | None = None,
     ) -> dict[str, float]:
         """Runs the epochs over a rollout; returns the metrics of all of them.
 
+        `critic_pass` is the critic's forward of the first step, if scoring has kept it.
         `places` and `total` as in :meth:`Experience.minibatches`. `first_log_ratio` is the largest
         |log ratio| over the first minibatch, before any step: zero when generation and training
         agree on every token's probability.
@@ -62,7 +65,8 @@ class Updater:
             count = min(self.config.minibatches, total)  # the last rollout may be a short one
             parts = experience.minibatches(count, hash_seed(seed, epoch), places, total)
             for index, minibatch in enumerate(parts):
-                drift = self._minibatch(minibatch, train_policy, averages, divergence)
+                known = critic_pass if epoch == index == 0 else None
+                drift = self._minibatch(minibatch, train_policy, averages, divergence, known)
                 if train_policy and epoch == index == 0:
                     steps["first_log_ratio"] = all_reduce_max(drift)
                 steps |= self._step(train_policy)
@@ -73,7 +77,12 @@ class Updater:
         return {**averages.result(all_gather_json), **steps}
 
     def _minibatch(
-        self, minibatch: Experience, train_policy: bool, averages: Averages, divergence: Averages
+        self,
+        minibatch: Experience,
+        train_policy: bool,
+        averages: Averages,
+        divergence: Averages,
+        critic_pass: Tensor | None,
     ) -> float:
         tokens = max(all_reduce_sums({"tokens": minibatch.num_tokens})["tokens"], 1.0)
         drifts: list[float] = []
@@ -82,10 +91,10 @@ class Updater:
         ):
             rows = minibatch.select(part.samples)
             trunk = self._trunk(part, rows)
+            if self.cast.critic is not None:  # first: it may hold a graph already
+                self._critic_pass(part, rows, trunk, tokens, averages, critic_pass)
             if train_policy:
                 drifts.append(self._policy_pass(part, rows, trunk, tokens, averages, divergence))
-            if self.cast.critic is not None:
-                self._critic_pass(part, rows, trunk, tokens, averages)
         if train_policy and self.demonstrations is not None:
             self._demonstration_passes(self.demonstrations(self.cast.policy.steps), averages)
         return largest(drifts, default=0.0)
@@ -101,7 +110,9 @@ class Updater:
     ) -> float:
         """Accumulates the policy's gradient; returns the largest |log ratio|."""
         temperature = self.config.generation.temperature
-        scores = self.cast.policy(part.batch, part.rows, part.targets, temperature, trunk)
+        scores = self.cast.policy(
+            part.batch, part.rows, part.targets, temperature, trunk, rows.flat_thresholds
+        )
         mask, width = rows.mask, rows.old_logprobs.shape[1]
         logprobs = spread(scores.logprobs, rows.lengths, width)
         loss, stats = policy_loss(logprobs, rows.old_logprobs, rows.advantages, mask, self.config)
@@ -117,12 +128,20 @@ class Updater:
         return float(drift.max()) if drift.numel() else 0.0
 
     def _critic_pass(
-        self, part: Pass, rows: Experience, trunk: Trunk | None, tokens: float, averages: Averages
+        self,
+        part: Pass,
+        rows: Experience,
+        trunk: Trunk | None,
+        tokens: float,
+        averages: Averages,
+        values: Tensor | None,
     ) -> None:
+        """Accumulates the critic's gradient; `values` are its forward, if that has been made."""
         assert self.cast.critic is not None
         assert rows.values is not None
         assert rows.returns is not None
-        values = self.cast.critic(part.batch, part.rows, trunk).float()
+        if values is None:
+            values = self.cast.critic(part.batch, part.rows, trunk).float()
         padded = spread(values, rows.lengths, rows.values.shape[1])
         loss, stats = value_loss(padded, rows.values, rows.returns, rows.mask, self.config)
         self.cast.critic.backward(loss, tokens)
@@ -152,7 +171,8 @@ class Updater:
             return None
         if not part.samples:
             return self.cast.trunk(part.batch)
-        return Trunk(torch.cat(rows.trunks), self.cast.shared_blocks)
+        hidden = part.batch.at_rows(torch.cat(rows.trunks))
+        return Trunk(hidden, self.cast.shared_blocks)
 
 
 def hash_seed(*parts: int) -> int:

@@ -42,6 +42,13 @@ FLAGS = (
     "-fvisibility=hidden",
 )
 
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100")  # Ampere (two), Ada, Hopper, Blackwell
+
+# -fmad=false: as -ffp-contract=off above.
+NVCC_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-expt-relaxed-constexpr")
+
+BUILD_MODES = ("auto", "cpu", "cuda", "none")
+
 
 @dataclass(frozen=True)
 class Isa:
@@ -81,6 +88,10 @@ class Unit:
     uses_torch: bool
 
     @property
+    def is_cuda(self) -> bool:
+        return self.source.endswith(".cu")
+
+    @property
     def object_name(self) -> str:
         stem = self.source.removesuffix(".cpp").replace("/", "__")
         return f"{stem}.{self.isa.name}.o" if self.isa else f"{stem}.o"
@@ -92,23 +103,35 @@ class Unit:
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A native extension: every ``*.cpp`` under csrc except the excluded folders."""
+    """A native extension: every ``*.cpp`` under csrc except the excluded folders.
+
+    CUDA is a part of its own: kernels in ``*.cu``, their tensor functions in ``*_cuda_op.cpp``.
+    """
 
     module: str
     excluded: tuple[str, ...] = ()
 
-    def sources(self, csrc: Path) -> list[str]:
-        found = sorted(path.relative_to(csrc).as_posix() for path in csrc.rglob("*.cpp"))
+    def sources(self, csrc: Path, cuda: bool = False) -> list[str]:
+        found = self._found(csrc, "*.cpp")
+        if cuda:
+            return found + self.cuda_sources(csrc)
+        return [source for source in found if not source.endswith("_cuda_op.cpp")]
+
+    def cuda_sources(self, csrc: Path) -> list[str]:
+        return self._found(csrc, "*.cu")
+
+    def _found(self, csrc: Path, pattern: str) -> list[str]:
+        found = sorted(path.relative_to(csrc).as_posix() for path in csrc.rglob(pattern))
         return [source for source in found if source.split("/")[0] not in self.excluded]
 
-    def units(self, csrc: Path) -> list[Unit]:
+    def units(self, csrc: Path, cuda: bool = False) -> list[Unit]:
         """The objects in link order.
 
         Of an inline function that several objects define, the linker keeps the first: plain
         objects come before AVX2 and AVX-512 ones, so that a shared function never carries
         instructions that the processor may lack.
         """
-        sources = self.sources(csrc)
+        sources = self.sources(csrc, cuda)
         units = [
             Unit(source, None, _uses_torch(csrc / source))
             for source in sources
@@ -122,7 +145,8 @@ class KernelSpec:
 
     def files(self, csrc: Path) -> list[Path]:
         """Everything that decides the binary: sources and headers."""
-        found = (path for path in csrc.rglob("*") if path.suffix in (".cpp", ".h"))
+        suffixes = (".cpp", ".h", ".cu", ".cuh")
+        found = (path for path in csrc.rglob("*") if path.suffix in suffixes)
         return sorted(p for p in found if p.relative_to(csrc).parts[0] not in self.excluded)
 
 
@@ -130,6 +154,8 @@ SPEC = KernelSpec("hybrid_kernels._C", excluded=("tests",))
 
 
 def _uses_torch(source: Path) -> bool:
+    if source.suffix == ".cu":
+        return False
     include = r'^#include <(torch|ATen|c10|pybind11)/|^#include "common/dims\.h"'
     return re.search(include, source.read_text(), re.MULTILINE) is not None
 
@@ -147,15 +173,44 @@ class BuildError(RuntimeError):
     """The native library could not be built; the message says why and what to do."""
 
 
+def build_mode() -> str:
+    """The value of ``HYBRID_KERNELS_BUILD``, checked."""
+    mode = os.environ.get("HYBRID_KERNELS_BUILD", "auto")
+    if mode not in BUILD_MODES:
+        raise ValueError(f"HYBRID_KERNELS_BUILD={mode}: expected one of {', '.join(BUILD_MODES)}")
+    return mode
+
+
+def find_nvcc() -> str | None:
+    """nvcc where the library gets CUDA kernels, None where it does not.
+
+    By default it gets them if torch runs on CUDA and nvcc is there, in ``$CUDA_HOME`` or on the
+    path. ``HYBRID_KERNELS_BUILD=cpu`` leaves them out; ``cuda`` compiles them for any torch, and a
+    missing nvcc is a `BuildError`.
+    """
+    import torch
+
+    mode = build_mode()
+    if mode == "cpu" or (mode != "cuda" and torch.version.cuda is None):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None and mode == "cuda":
+        where = f"{home}/bin" if home else "the path; set CUDA_HOME"
+        raise BuildError(f"HYBRID_KERNELS_BUILD=cuda needs nvcc, which is not in {where}")
+    return nvcc
+
+
 @dataclass(frozen=True)
 class Toolchain:
-    """A compiler and the torch it builds against."""
+    """The compilers and the torch they build against."""
 
     cxx: str
     cxx_version: str
     torch_version: str
     torch_root: Path
     torch_flags: tuple[str, ...]
+    nvcc: str | None = None  # None: no CUDA kernels
 
     @classmethod
     def detect(cls) -> Toolchain:
@@ -178,6 +233,7 @@ class Toolchain:
             torch_version=torch.__version__,
             torch_root=Path(torch.__file__).parent,
             torch_flags=(f"-D_GLIBCXX_USE_CXX11_ABI={abi}",),
+            nvcc=find_nvcc(),
         )
 
     def includes(self) -> list[Path]:
@@ -205,13 +261,24 @@ class Toolchain:
             (self.torch_root.parent / "torch.libs").glob("libgomp*.so*")
         )
         openmp = str(bundled[0]) if bundled else "-lgomp"
-        return (f"-L{lib}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", openmp)
+        torch = (f"-L{lib}", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", openmp)
+        return torch + self._cuda_link_flags()
+
+    def _cuda_link_flags(self) -> tuple[str, ...]:
+        """The CUDA runtime, linked in: torch's own, if any, may have another version."""
+        if self.nvcc is None:
+            return ()
+        dry = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+        found = re.search(r"^#\$ LIBRARIES=(.*)", dry.stderr, re.MULTILINE)
+        folders = shlex.split(found[1].replace('"', "")) if found else []
+        return (*folders, "-lcudart_static", "-lrt", "-lpthread", "-ldl")
 
 
-def binary_key(csrc: Path, torch_version: str) -> str:
+def binary_key(csrc: Path, torch_version: str, cuda: bool = False) -> str:
     """Names the binary that these sources give for this torch and Python: 16 hex digits."""
     digest = hashlib.sha256()
-    for part in (torch_version, sysconfig.get_config_var("EXT_SUFFIX") or "", *FLAGS, *WARNINGS):
+    abi = sysconfig.get_config_var("EXT_SUFFIX") or ""
+    for part in (torch_version, f"cuda={cuda}", abi, *FLAGS, *WARNINGS, *NVCC_FLAGS):
         digest.update(part.encode() + b"\0")
     for isa in target_isas():
         digest.update(" ".join((isa.name, *isa.flags)).encode() + b"\0")
@@ -228,10 +295,11 @@ def write_ninja(csrc: Path, build_dir: Path, tools: Toolchain) -> Path:
     flags = " ".join((*FLAGS, *WARNINGS, f"-I{_escape(csrc)}"))
     # Files that use torch check and call; -O3 would buy nothing there.
     torch_flags = " ".join((includes, *tools.torch_flags, "-O2"))
-    units = SPEC.units(csrc)
+    units = SPEC.units(csrc, cuda=tools.nvcc is not None)
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {tools.cxx}",
+        *_cuda_rule(csrc, tools),
         "rule compile",
         f"  command = $cxx {flags} $unit_flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -241,13 +309,34 @@ def write_ninja(csrc: Path, build_dir: Path, tools: Toolchain) -> Path:
     ]
     for unit in units:
         unit_flags = " ".join((*unit.flags, *((torch_flags,) if unit.uses_torch else ())))
+        rule = "compile_cuda" if unit.is_cuda else "compile"
         lines += [
-            f"build {unit.object_name}: compile {_escape(csrc / unit.source)}",
+            f"build {unit.object_name}: {rule} {_escape(csrc / unit.source)}",
             f"  unit_flags = {unit_flags}",
         ]
     lines.append(f"build {library.name}: link {' '.join(unit.object_name for unit in units)}")
     _write_if_changed(build_dir / "build.ninja", "\n".join(lines) + "\n")
     return library
+
+
+def _cuda_rule(csrc: Path, tools: Toolchain) -> list[str]:
+    """Machine code for every GPU named above that this nvcc knows, and PTX of the last for later
+    ones."""
+    if tools.nvcc is None:
+        return []
+    asked = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in asked.stdout.split()]
+    if not known:
+        raise BuildError(f"{tools.nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+    codes = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
+    codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
+    flags = " ".join((*NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", *codes))
+    return [
+        "rule compile_cuda",
+        f"  command = {tools.nvcc} {flags} -I{_escape(csrc)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
 
 
 def compile_library(
@@ -269,8 +358,10 @@ def compile_library(
         if match := re.match(r"\[(\d+)/(\d+)\]", line):
             progress(int(match[1]), int(match[2]))
     if process.wait() != 0:
+        compilers = tools.cxx if tools.nvcc is None else f"{tools.cxx} or {tools.nvcc}"
+        hint = "" if tools.nvcc is None else "\n(HYBRID_KERNELS_BUILD=cpu builds without CUDA)"
         raise BuildError(
-            f"{tools.cxx} failed ({tools.cxx_version}):\n" + "\n".join(_errors(output))
+            f"{compilers} failed ({tools.cxx_version}):\n" + "\n".join(_errors(output)) + hint
         )
     return library
 

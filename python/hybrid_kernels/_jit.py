@@ -39,6 +39,7 @@ def cache_root() -> Path:
 def cached_library(csrc: Path, key: str) -> Path:
     """The library with this key, from the cache or built now; `BuildError` if that fails."""
     tools = Toolchain.detect()
+    cuda = tools.nvcc is not None
     home = cache_root() / configuration(csrc, tools)
     library = home / key / LIBRARY
     if library.is_file():
@@ -48,10 +49,10 @@ def cached_library(csrc: Path, key: str) -> Path:
         while not library.is_file():
             built = _compile(csrc, home / "objects", tools)
             # A source saved meanwhile may be in it or not: publish only what the key describes.
-            if binary_key(csrc, tools.torch_version) == key:
+            if binary_key(csrc, tools.torch_version, cuda) == key:
                 _publish(built, library)
             else:
-                key = binary_key(csrc, tools.torch_version)
+                key = binary_key(csrc, tools.torch_version, cuda)
                 library = home / key / LIBRARY
         _forget_old(home)
     return library
@@ -65,6 +66,7 @@ def configuration(csrc: Path, tools: Toolchain) -> str:
         tools.cxx_version,
         tools.torch_version,
         str(tools.torch_root),
+        str(tools.nvcc),
         sys.version,
     )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
@@ -74,7 +76,8 @@ def configuration(csrc: Path, tools: Toolchain) -> str:
 
 def _compile(csrc: Path, build_dir: Path, tools: Toolchain) -> Path:
     fresh = not (build_dir / ".ninja_log").is_file()
-    about = max(10, round(len(SPEC.units(csrc)) * SECONDS_PER_OBJECT / usable_cores(), -1))
+    objects = len(SPEC.units(csrc, tools.nvcc is not None))
+    about = max(10, round(objects * SECONDS_PER_OBJECT / usable_cores(), -1))
     estimate = f"once, about {about:.0f} s" if fresh else "the changed part"
     _say(f"building native kernels ({estimate}) ...")
     start = time.monotonic()

@@ -3,8 +3,10 @@
 Environment variables (these four are all that the kernel library reads):
 
 ``HYBRID_KERNELS_BUILD``
-    ``auto`` (default) and ``cpu`` allow a build at first use, ``none`` forbids it. In ``setup.py``,
-    ``cpu`` also makes a build ahead of time obligatory.
+    ``auto`` (default), ``cpu`` and ``cuda`` allow a build at first use, ``none`` forbids it.
+    ``auto`` compiles the CUDA kernels where torch runs on CUDA and nvcc is found, ``cpu`` leaves
+    them out, ``cuda`` insists on them. In ``setup.py``, ``cpu`` and ``cuda`` also make a build
+    ahead of time obligatory.
 ``HYBRID_KERNELS_REQUIRE_NATIVE``
     ``1`` makes it an error when the native library, or a native kernel for given tensors, is
     missing.
@@ -29,20 +31,19 @@ from types import ModuleType
 import torch
 
 from hybrid_kernels import _jit
-from hybrid_kernels._build import SPEC, BuildError, binary_key, find_csrc
+from hybrid_kernels._build import (
+    SPEC,
+    BuildError,
+    binary_key,
+    build_mode,
+    find_csrc,
+    find_nvcc,
+)
 
 
 def require_native() -> bool:
     """Whether a missing native kernel is an error rather than a reason to use the reference."""
     return os.environ.get("HYBRID_KERNELS_REQUIRE_NATIVE", "0") not in ("", "0")
-
-
-def build_mode() -> str:
-    """The value of ``HYBRID_KERNELS_BUILD``, checked."""
-    mode = os.environ.get("HYBRID_KERNELS_BUILD", "auto")
-    if mode not in ("auto", "cpu", "none"):
-        raise ValueError(f"HYBRID_KERNELS_BUILD={mode}: expected auto, cpu or none")
-    return mode
 
 
 @functools.cache
@@ -81,14 +82,16 @@ def native_module() -> ModuleType:
 def _locate() -> Path:
     """The library file, built if need be."""
     csrc = find_csrc()
-    key = binary_key(csrc, torch.__version__)
-    ahead = ahead_of_time_library(Path(__file__).parent, key)
-    if ahead is not None:
-        return ahead
+    for cuda in (True, False):  # built ahead: with what that machine had
+        key = binary_key(csrc, torch.__version__, cuda)
+        ahead = ahead_of_time_library(Path(__file__).parent, key)
+        if ahead is not None:
+            return ahead
     if build_mode() == "none":
         raise BuildError(
             "none was built ahead of time and HYBRID_KERNELS_BUILD=none forbids building one"
         )
+    key = binary_key(csrc, torch.__version__, cuda=find_nvcc() is not None)
     return _jit.cached_library(csrc, key)
 
 

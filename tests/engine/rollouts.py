@@ -6,11 +6,11 @@ import random
 from typing import Any
 
 from hybrid_engine.engine.program import ProgramBuilder, run_program
-from hybrid_engine.engine.rollout import Rollout
+from hybrid_engine.engine.rollout import TOKEN_COLUMNS, Rollout
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.models import CausalLM
 
-COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass", "finish_reasons")
+COLUMNS = (*TOKEN_COLUMNS, "finish_reasons")
 # Arguments of DecodeProgram.generate for one greedy sample.
 ONE_GREEDY: dict[str, Any] = {
     "samples_per_prompt": 1, "max_new_tokens": 8, "temperature": 0.0, "top_k": 0, "top_p": 1.0,

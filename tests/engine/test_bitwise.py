@@ -1,5 +1,6 @@
 """Acceptance: log-probabilities captured while generating are those of the training forward, bit
-for bit, over 500 random cases of model, request and schedule.
+for bit, over 500 random cases of model, request and schedule; over the whole vocabulary, and over
+the sets that top-k and top-p kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from hybrid_engine.engine import HybridEngine, SamplingParams
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.models import CausalLM, DecoderSpec, LoRAConfig, RopeSpec, apply_lora
-from tests.engine.rollouts import run
+from tests.engine.rollouts import COLUMNS, run
 
 VOCAB, CONTEXT, HEAD = 61, 350, 8
 CASES, CASES_A_TEST = 500, 25
@@ -112,11 +113,13 @@ def generate(case: Case, **more: Any) -> Rollout:
     return run(case.model, case.prompts, case.params, case.stops, **case.options, **more)
 
 
-def rescored(case: Case, rollout: Rollout) -> list[list[float]]:
+def rescored(
+    case: Case, rollout: Rollout, thresholds: list[list[float]] | None = None
+) -> list[list[float]]:
     torch.set_num_threads(3 - case.threads)
     engine = HybridEngine(case.model, None, score_tokens=1000)
     temperature = case.params.scoring_temperature
-    rows = engine.token_logprobs(rollout.sequences, rollout.prompt_lengths, temperature)
+    rows = engine.token_logprobs(rollout.sequences, rollout.prompt_lengths, temperature, thresholds)
     return [row.tolist() for row in rows]
 
 
@@ -133,15 +136,17 @@ def test_captured_logprobs_are_those_of_training(first: int) -> None:
         case = random_case(seed)
         rollout = generate(case)
         assert rescored(case, rollout) == rollout.logprobs, f"case {seed}"
+        if case.params.truncated:
+            kept = rescored(case, rollout, rollout.thresholds)
+            assert kept == rollout.kept_logprobs, f"case {seed}"
         if seed % 4 == 0:
             # The same again with each response as its own draft, and some of them damaged.
             drafts = [
                 row if i % 3 else row[: len(row) // 2] + [0] for i, row in enumerate(rollout.tokens)
             ]
             again = generate(case, drafts=drafts)
-            assert (again.tokens, again.logprobs) == (rollout.tokens, rollout.logprobs), (
-                f"case {seed}"
-            )
+            for name in COLUMNS:
+                assert getattr(again, name) == getattr(rollout, name), f"case {seed}: {name}"
 
 
 def test_the_cases_reach_what_they_are_for() -> None:
@@ -150,4 +155,5 @@ def test_the_cases_reach_what_they_are_for() -> None:
     assert sum(c["preemptions"] > 0 for c in counters) >= 4
     assert sum(c["prefill_passes"] + c["decode_steps"] > c["passes"] for c in counters) >= 20
     assert sum(case.params.n > 1 for case in cases) >= 15
+    assert sum(case.params.truncated for case in cases) >= 25
     assert {len(case.prompts) * case.params.n for case in cases} >= {1, 64}

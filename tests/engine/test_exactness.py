@@ -24,11 +24,15 @@ def flat(values: list[list[float]] | list[Tensor]) -> Tensor:
 
 
 def rescored(
-    model: CausalLM, rollout: Rollout, temperature: float, score_tokens: int = 200
+    model: CausalLM,
+    rollout: Rollout,
+    temperature: float,
+    thresholds: list[list[float]] | None = None,
 ) -> Tensor:
     """The training forward's log-probabilities, in passes unlike those of generation."""
-    engine = HybridEngine(model, None, score_tokens=score_tokens)
-    return flat(engine.token_logprobs(rollout.sequences, rollout.prompt_lengths, temperature))
+    engine = HybridEngine(model, None, score_tokens=200)
+    sequences, lengths = rollout.sequences, rollout.prompt_lengths
+    return flat(engine.token_logprobs(sequences, lengths, temperature, thresholds))
 
 
 @pytest.mark.parametrize("max_batch", [1, 16])
@@ -58,6 +62,33 @@ def test_greedy_logprobs_are_at_temperature_one(llama: CausalLM) -> None:
     assert torch.equal(flat(rollout.logprobs), rescored(llama, rollout, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 1, 1.0), (0.7, 20, 1.0), (1.4, 0, 0.9), (1.0, 60, 0.8)],
+)
+def test_training_replays_truncated_sampling(
+    model: CausalLM, temperature: float, top_k: int, top_p: float
+) -> None:
+    """The threshold alone gives the kept set and its log-probabilities back, bit for bit."""
+    params = SamplingParams(
+        n=2, max_new_tokens=30, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    rollout = run(model, PROMPTS, params, STOPS, max_batch=6, max_prefill_rows=50)
+    kept, whole = flat(rollout.kept_logprobs), flat(rollout.logprobs)
+    assert torch.equal(whole, rescored(model, rollout, temperature))
+    assert torch.equal(kept, rescored(model, rollout, temperature, rollout.thresholds))
+    expected = whole.double() - flat(rollout.kept_mass).double().log()
+    torch.testing.assert_close(kept.double(), expected, rtol=0, atol=4e-6)
+    assert (kept > whole).any()
+
+
+def test_without_truncation_the_kept_set_is_everything(llama: CausalLM) -> None:
+    for temperature in (0.0, 1.0):
+        rollout = run(llama, PROMPTS, SamplingParams(max_new_tokens=9, temperature=temperature))
+        assert rollout.kept_logprobs == rollout.logprobs
+        assert flat(rollout.thresholds).eq(-torch.inf).all()
+
+
 def test_entropies_are_those_of_training(llama: CausalLM) -> None:
     rollout = run(llama, PROMPTS, SamplingParams(max_new_tokens=20, temperature=0.8))
     engine = HybridEngine(llama, None)
@@ -78,7 +109,8 @@ def test_same_tokens_as_recomputing_every_sequence(model: CausalLM, params: Samp
     assert slow.tokens == native.tokens
     assert slow.finish_reasons == native.finish_reasons
     assert slow.logprobs == native.logprobs
-    assert slow.kept_mass == native.kept_mass
+    for name in ("entropies", "kept_mass", "thresholds", "kept_logprobs"):
+        assert getattr(slow, name) == getattr(native, name), name
 
 
 def greedy_by_transformers(hf_model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:

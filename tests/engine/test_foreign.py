@@ -82,6 +82,18 @@ def test_kept_mass_of_truncated_sampling(engine: HybridEngine) -> None:
         )
 
 
+def test_thresholds_part_the_kept_from_the_others(engine: HybridEngine) -> None:
+    params = SamplingParams(n=2, max_new_tokens=6, temperature=0.8, top_k=5, ignore_eos=True)
+    rollout = engine.generate(PROMPTS, params)
+    for i, sequence in enumerate(rollout.sequences):
+        logits = engine.model.logits(pack([sequence]))[rollout.prompt_lengths[i] - 1 : -1]
+        kept = logits >= torch.tensor(rollout.thresholds[i]).unsqueeze(1)
+        assert kept.sum(1).tolist() == [5] * len(kept)
+        log_p = (logits / 0.8).masked_fill(~kept, -torch.inf).log_softmax(-1)
+        drawn = log_p.gather(1, torch.tensor(rollout.tokens[i]).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(rollout.kept_logprobs[i]), drawn)
+
+
 def test_a_stop_token_is_kept_and_ends_the_response(engine: HybridEngine) -> None:
     params = SamplingParams(max_new_tokens=30, stop_token_ids=tuple(range(0, 260, 5)))
     rollout = engine.generate(PROMPTS, params)

@@ -12,7 +12,7 @@ import pytest
 from hybrid_engine.engine import HybridEngine, SamplingParams, partial_rollout
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.models import CausalLM
-from tests.engine.rollouts import random_prompts
+from tests.engine.rollouts import COLUMNS, random_prompts
 
 PROMPTS = random_prompts(8)
 # Half of the responses are short: they are finished when the long ones are interrupted.
@@ -56,7 +56,7 @@ def test_finished_samples_go_with_the_exception(
     assert partial is not None
     assert partial.samples == [0, 1, 4, 5, 8, 9, 12, 13]
     assert partial.rollout.n == 1
-    for name in ("tokens", "logprobs", "entropies", "kept_mass", "finish_reasons"):
+    for name in COLUMNS:
         finished = [getattr(expected, name)[i] for i in partial.samples]
         assert getattr(partial.rollout, name) == finished, name
     assert partial.rollout.prompts == [PROMPTS[i // 2] for i in partial.samples]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.engine.sampling import SamplingParams
-from hybrid_engine.models import CausalLM
+from hybrid_engine.models import CausalLM, load_causal_lm
 from tests.engine.rollouts import COLUMNS, assert_same, random_prompts, run
+from tests.tiny import make_tiny_tokenizer, tiny_config
 
 PROMPTS = random_prompts(12)
 STOPS = tuple(range(0, 260, 25))  # about one token in 25 ends a response: ragged lengths, refills
@@ -118,3 +121,22 @@ def test_seed_and_sample_id_choose_the_stream(llama: CausalLM) -> None:
         run(llama, [PROMPTS[3]], SamplingParams(max_new_tokens=20, seed=1)).tokens[0]
         != first.tokens[0]
     )
+
+
+def scratch_bytes(directory: Path, vocab: int, params: SamplingParams) -> int:
+    """Of a rollout of 32 samples by a tiny model with a vocabulary of its own."""
+    config = tiny_config("llama", make_tiny_tokenizer())
+    config.vocab_size = vocab
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    rollout = run(load_causal_lm(directory), [[7, 8, 9]] * 32, params, max_batch=32)
+    return rollout.counters["scratch_bytes"]
+
+
+@pytest.mark.parametrize("top_k", [0, 20])
+def test_a_rollout_holds_no_logits(tmp_path: Path, top_k: int) -> None:
+    """Every 64 tokens more are four numbers more a row, and of the highest blocks are 4 MiB kept
+    whatever the vocabulary.
+    """
+    params = SamplingParams(max_new_tokens=5, top_k=top_k)
+    small, large = (scratch_bytes(tmp_path / f"{v}", v, params) for v in (40_000, 80_000))
+    assert 0 < large - small < 32 * 40_000 * 4 / 12

@@ -19,6 +19,8 @@ def rollout() -> Rollout:
         entropies=[[0.1, 0.2, 0.3], [0.4], [0.5, 0.6], [0.7]],
         finish_reasons=["length", "stop", "stop", "stop"],
         kept_mass=[[1.0] * 3, [1.0], [0.5] * 2, [1.0]],
+        thresholds=[[-math.inf] * 3, [-math.inf], [0.25, -8.0], [-math.inf]],
+        kept_logprobs=[[-1.0, -2.0, -3.0], [-4.0], [-4.5, -5.5], [-7.0]],
         n=2,
     )
 
@@ -33,17 +35,20 @@ def test_views(rollout: Rollout) -> None:
 def test_padded_tensors(rollout: Rollout) -> None:
     assert rollout.mask().int().tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
     assert rollout.padded_logprobs().tolist() == [[-1, -2, -3], [-4, 0, 0], [-5, -6, 0], [-7, 0, 0]]
+    kept = rollout.padded_kept_logprobs()
+    assert kept.tolist() == [[-1, -2, -3], [-4, 0, 0], [-4.5, -5.5, 0], [-7, 0, 0]]
+    assert rollout.padded_thresholds()[2].tolist() == [0.25, -8.0, 0.0]
 
 
 def test_an_empty_rollout_has_empty_tensors() -> None:
-    empty = Rollout([], [], [], [], [], [])
+    empty = Rollout([], [], [], [], [], [], [], [])
     assert empty.padded_logprobs().shape == (0, 0)
     assert empty.lengths.shape == (0,)
 
 
 def test_columns_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="Rollout.logprobs has 1 entries; expected 2"):
-        Rollout([[1]], [[2], [3]], [[-1.0]], [[0.0]], ["stop"], [[1.0]], n=2)
+        Rollout([[1]], [[2], [3]], *([[[0.0]]] * 2), ["stop"], *([[[1.0]]] * 3), n=2)
 
 
 @pytest.mark.parametrize(

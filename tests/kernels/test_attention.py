@@ -120,6 +120,22 @@ def test_decode_after_prefill_mixed_with_prefill(layout) -> None:
     problem.check(trained, [(3, 61, 64), (4, 0, 65), (5, 101, 127)])
 
 
+@by_layout
+@pytest.mark.parametrize("lengths", [[700], [641, 5, 130]], ids=str)
+def test_long_contexts_split_between_threads_have_the_bits_of_training(
+    layout, lengths: list[int], threads
+) -> None:
+    """One token, then a few, of sequences whose tiles several tasks share."""
+    problem = Problem(layout, lengths)
+    trained = problem.train()
+    before = [(i, 0, max(n - 4, 0)) for i, n in enumerate(lengths)]
+    problem.check(trained, before)
+    for count in (1, 2, 5):
+        threads(count)
+        problem.check(trained, [(i, n - 4, n - 3) for i, n in enumerate(lengths)])
+        problem.check(trained, [(i, n - 4, n) for i, n in enumerate(lengths)])
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
 def test_matches_scaled_dot_product_attention(heads: int, kv_heads: int) -> None:
     problem = Problem((heads, kv_heads, 32, False, 0), lengths=[200])
@@ -171,6 +187,18 @@ def test_extreme_scores_stay_finite() -> None:
     assert out.isfinite().all()
     best = (problem.q[99] @ problem.k[:, 0].T).argmax(dim=1)  # one key takes everything
     torch.testing.assert_close(out[99], problem.v[best, 0], rtol=0, atol=0)
+
+
+def test_a_tile_of_overflowed_scores_counts_for_nothing() -> None:
+    """The query's products with the whole first tile are -inf; the second tile has finite ones."""
+    problem = Problem((2, 1, 16, False, 0), lengths=[100])
+    problem.q[:] = 1e20
+    problem.k[:64], problem.k[64:] = -1e20, 0.0
+    out = problem.train()
+    mean = problem.v[64:].double().mean(dim=0)
+    torch.testing.assert_close(out[99], mean.float().expand(2, -1), rtol=0, atol=1e-6)
+    problem.extend([(0, 0, 99)])
+    assert_same_bits(problem.extend([(0, 99, 100)]), [out[99:]])
 
 
 def test_rope_turns_back_and_matches_transformers_form() -> None:

@@ -45,6 +45,36 @@ def test_row_has_the_same_bits_in_every_batch(n: int, k: int, threads) -> None:
             assert_same_bits(ops.linear(part, weight, bias), whole[start : start + rows])
 
 
+@pytest.mark.parametrize("n, k", SIZES)
+def test_bfloat16_weight_gives_the_bits_of_its_floats(n: int, k: int) -> None:
+    x, weight, bias = _operands(n, k)
+    halves = weight.bfloat16()
+    for rows in ROWS:
+        expected = ops.linear(x[:rows], halves.float(), bias)
+        assert_same_bits(ops.linear(x[:rows], halves, bias), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_every_bfloat16_is_widened_exactly(rows: int) -> None:
+    """All finite bit patterns as the weights of one-hot rows, zeros and subnormals included."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    patterns = patterns[patterns.isfinite()]
+    y = ops.linear(torch.ones(rows, 1), patterns[:, None])
+    assert torch.equal(y, patterns.float().expand(rows, -1))
+
+
+def test_bfloat16_weight_in_training() -> None:
+    """The gradient of x is that of the widened weight; a parameter's is rounded to its own type."""
+    x, weight, bias = _operands(48, 128, 33)
+    grads = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.clone(), weight.bfloat16().to(dtype), bias.bfloat16().to(dtype)]
+        y = ops.linear(*(leaf.requires_grad_() for leaf in leaves))
+        grads.append(torch.autograd.grad(y.square().sum(), leaves))
+    for ours, exact in zip(*grads, strict=True):
+        assert_same_bits(ours, exact.to(ours.dtype))
+
+
 def test_low_rank_row_has_the_same_bits_in_every_batch(threads) -> None:
     x, weight, bias = _operands(96, 130)
     rng = torch.Generator().manual_seed(1)

@@ -47,6 +47,37 @@ def test_every_simd_file_is_compiled_once_per_instruction_set(tiny_csrc: Path) -
     assert objects == ["schema.o", *(f"hot.simd.{level}.o" for level in levels)]
 
 
+def test_cuda_sources_are_a_part_of_their_own(tiny_csrc: Path) -> None:
+    (tiny_csrc / "foo.cu").write_text("int foo() { return 3; }\n")
+    (tiny_csrc / "foo_cuda_op.cpp").write_text("int foo_op() { return 4; }\n")
+    extra = {"foo.cu", "foo_cuda_op.cpp"}
+    assert not extra & {unit.source for unit in _build.SPEC.units(tiny_csrc)}
+    assert extra < {unit.source for unit in _build.SPEC.units(tiny_csrc, cuda=True)}
+    key = _build.binary_key(tiny_csrc, "2.13.0")
+    assert _build.binary_key(tiny_csrc, "2.13.0", cuda=True) != key
+
+
+def test_nvcc_is_asked_for_where_torch_or_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = {}
+    for torch_cuda in (None, "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        for mode in ("auto", "cpu", "cuda"):
+            monkeypatch.setenv("HYBRID_KERNELS_BUILD", mode)
+            found[torch_cuda, mode] = _build.find_nvcc() == str(nvcc)
+    wanted = {(None, "cuda"), ("13.0", "auto"), ("13.0", "cuda")}
+    assert {case for case, is_found in found.items() if is_found} == wanted
+    nvcc.unlink()
+    with pytest.raises(_build.BuildError, match="needs nvcc, which is not in"):
+        _build.find_nvcc()
+
+
 def test_other_processors_get_the_generic_copy_only() -> None:
     assert [isa.name for isa in _build.target_isas("aarch64")] == ["generic"]
     assert [isa.name for isa in _build.target_isas("x86_64")] == ["generic", "avx2", "avx512"]
@@ -164,7 +195,7 @@ def test_second_process_waits_and_says_so(tiny_csrc: Path, tmp_path: Path, monke
 
 def test_unknown_build_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRID_KERNELS_BUILD", "gpu")
-    with pytest.raises(ValueError, match="HYBRID_KERNELS_BUILD=gpu: expected auto, cpu or none"):
+    with pytest.raises(ValueError, match="HYBRID_KERNELS_BUILD=gpu: expected one of auto, cpu"):
         _loader.build_mode()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
+from hybrid_kernels.ops.linear import linear
 from hybrid_kernels.ops.sampling import Sample, sample, token_logprobs
 from hybrid_kernels.reference import sampling as reference
 from hybrid_kernels.testing import assert_same_bits
@@ -25,18 +28,59 @@ def _draw(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, seed=5, first_id=
 # Scores
 
 
+def _flat(level: float) -> Tensor:
+    """One token at 20, all others at one level: every rounding goes the same way."""
+    logits = torch.full((8, 49152), level)
+    logits[:, 777] = 20.0
+    return logits
+
+
+LOGITS = {
+    "equal": _logits(8, 50257, 0.0),
+    "narrow": _logits(8, 50257, 1.0, seed=1),
+    "wide": _logits(8, 50257, 4.0, seed=2),
+    "uniform-20": 40 * torch.rand(8, 49152, generator=torch.Generator().manual_seed(3)) - 20,
+    "peak-10": _flat(9.9),
+    "peak-20": _flat(0.1),
+    "outliers": _logits(8, 49152, 1.0, seed=4) + 20 * torch.eye(8, 49152),
+}
+
+
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 1.7])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
-def test_logprob_is_within_1e_6_of_float64(spread: float, temperature: float) -> None:
-    """Half an ulp of the result, and 5e-7 for the sum: four roundings and an exp good to 2 ulp."""
-    logits = _logits(8, 50257, spread, seed=1)
+@pytest.mark.parametrize("kind", LOGITS)
+def test_logprob_is_within_1e_6_of_float64(kind: str, temperature: float) -> None:
+    """Half an ulp of the result, which is 1e-6 from -16 down and no error of the sum, and 5e-7.
+
+    In float are 64 exponentials relative to their own maximum: each good to 2 ulp (1.2e-7), its
+    argument d rounded twice (|d| 2^-23, where the weight is e^-|d|: at most 0.37 * 1.2e-7 of the
+    block), and 6 additions of halves (at most 6 * 6e-8). What comes after, the blocks' own scales
+    and the logarithm, is in float64.
+    """
+    logits = LOGITS[kind]
     targets = torch.cat([logits[:4].argmax(-1), logits[4:].argmin(-1)])
     logprob, entropy = token_logprobs(logits, targets, temperature)
     exact, exact_entropy = reference.token_logprobs(logits.double(), targets, temperature)
     half_ulp = exact.abs() * 2**-24
     assert ((logprob - exact).abs() <= half_ulp + 5e-7).all()
-    assert ((logprob - exact).abs()[exact > -16] <= 1e-6).all()
+    assert ((logprob - exact).abs()[exact > -8] <= 1e-6).all()
     assert ((entropy - exact_entropy).abs() <= 1e-6).all()
+
+
+VOCABULARIES = [1, 2, 63, 64, 65, 127, 129, 255, 257, 1023, 1025, 32003, 49151, 49152, 49153, 50257]
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_logprobs_from_a_head_are_within_1e_6_of_float64(vocab: int) -> None:
+    """Blocks and tiles of the vocabulary that are full, one short or one over."""
+    rng = torch.Generator().manual_seed(vocab)
+    hidden, weight = torch.randn(7, 16, generator=rng), torch.randn(vocab, 16, generator=rng)
+    targets = torch.randint(vocab, (7,), generator=rng)
+    logits = linear(hidden, weight).double()
+    for temperature in (0.7, 1.0):
+        scores = linear_token_logprobs(hidden, weight, targets, temperature)
+        exact = reference.token_logprobs(logits, targets, temperature)
+        for got, want in zip(scores, exact, strict=True):
+            assert ((got - want).abs() <= 1e-6 * want.abs().clamp(min=1.0)).all()
 
 
 @pytest.mark.parametrize("vocab", [1, 63, 64, 65, 1000])
@@ -46,6 +90,8 @@ def test_sampled_logprob_has_the_bits_of_the_score(vocab: int) -> None:
         drawn = _draw(logits, temperature, top_k, top_p)
         scored = token_logprobs(logits, drawn.token, temperature)
         assert_same_bits(scored, (drawn.logprob, drawn.entropy))
+        kept = token_logprobs(logits, drawn.token, temperature, drawn.threshold)
+        assert_same_bits(kept[0], drawn.kept_logprob)
     drawn = _draw(logits, temperature=0.0)
     assert_same_bits(token_logprobs(logits, drawn.token, 1.0), (drawn.logprob, drawn.entropy))
 
@@ -67,6 +113,54 @@ def test_impossible_tokens_cost_nothing() -> None:
     assert (masked.grad[:, 100:] == 0).all()
     assert (_draw(masked.detach().repeat(200, 1)).token < 100).all()
     assert token_logprobs(masked.detach(), targets + 150)[0].eq(-torch.inf).all()
+
+
+# Scores over a kept set
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_scores_over_a_kept_set(temperature: float) -> None:
+    """Those of the vocabulary cut down to it, and a gradient in it alone."""
+    logits = _logits(12, 700, 2.0).requires_grad_()
+    thresholds = logits.detach().topk(40).values[:, -1]
+    targets = logits.detach().topk(30).indices[:, -1]
+    scores = token_logprobs(logits, targets, temperature, thresholds)
+    kept = logits.detach() >= thresholds.unsqueeze(1)
+    assert kept.sum(1).eq(40).all()
+    exact = logits.detach().double().masked_fill(~kept, -torch.inf)
+    want = reference.token_logprobs(exact, targets, temperature)
+    for got, expected in zip(scores, want, strict=True):
+        assert ((got - expected).abs() <= 1e-6).all()
+    (scores[0].sum() + 0.3 * scores[1].sum()).backward()
+    assert (logits.grad[~kept] == 0).all()
+    assert (logits.grad[kept] != 0).all()
+
+
+def test_a_target_that_has_fallen_out_lowers_the_threshold() -> None:
+    """To its own logit: what lies between is kept, too, and its log-probability is finite."""
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]] * 2)
+    targets, thresholds = torch.tensor([0, 3]), torch.tensor([2.0, 2.0])
+    logprob, entropy = token_logprobs(logits, targets, 1.0, thresholds)
+    short = [logits[0, :2].double(), logits[0, :4].double()]
+    for i, part in enumerate(short):
+        log_p = part.log_softmax(-1)
+        assert logprob[i].item() == pytest.approx(log_p[targets[i]].item(), abs=1e-6)
+        assert entropy[i].item() == pytest.approx(-(log_p.exp() * log_p).sum().item(), abs=1e-6)
+
+
+def test_a_threshold_below_everything_changes_no_bit() -> None:
+    logits, targets = _logits(9, 333), torch.arange(9)
+    for least in (-torch.inf, -1e30):
+        kept = token_logprobs(logits, targets, 0.7, torch.full((9,), least))
+        assert_same_bits(kept, token_logprobs(logits, targets, 0.7))
+
+
+def test_nan_is_not_hidden_by_a_threshold() -> None:
+    logits = _logits(3, 300)
+    logits[1, 250] = torch.nan
+    logprob, entropy = token_logprobs(logits, logits.nan_to_num().argmax(-1), 1.0, torch.zeros(3))
+    for score in (logprob, entropy):
+        assert score.isnan().tolist() == [False, True, False]
 
 
 def test_nan_stays_in_its_row() -> None:
@@ -92,18 +186,24 @@ def test_extreme_temperatures(temperature: float) -> None:
 
 
 def _chi_square(tokens: Tensor, probabilities: Tensor) -> None:
-    """Pearson's statistic within four standard deviations of its mean, over cells of five."""
+    """Pearson's test against exact probabilities, over cells that expect five draws or more.
+
+    The streams are fixed, so a run repeats the one before it. A p of 1e-4 would let a right sampler
+    fail the dozen cases for one choice of seeds in 800; an error of 1 % in a cell of a tenth of
+    the draws has p < 1e-20.
+    """
     expected = probabilities.double() * len(tokens)
     observed = torch.bincount(tokens, minlength=len(expected)).double()
     assert (observed[expected == 0] == 0).all()
     cells = expected >= 5
-    rest = torch.tensor([observed[~cells].sum(), expected[~cells].sum()])
+    rest = torch.tensor([observed[~cells].sum(), expected[~cells].sum()], dtype=torch.float64)
     statistic = ((observed - expected).square() / expected)[cells].sum()
-    freedom = int(cells.sum()) - 1
+    freedom = torch.tensor(int(cells.sum()) - 1, dtype=torch.float64)
     if rest[1] >= 5:
         statistic, freedom = statistic + (rest[0] - rest[1]).square() / rest[1], freedom + 1
     assert freedom >= 1
-    assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+    p_value = torch.special.gammaincc(freedom / 2, statistic / 2)
+    assert 1e-4 < p_value < 1 - 1e-4, f"p = {float(p_value):.2e}, {int(freedom)} degrees of freedom"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +222,39 @@ def test_draws_follow_the_distribution(vocab, temperature, top_k, top_p) -> None
     drawn = _draw(row.expand(100_000, vocab), temperature, top_k, top_p)
     kept = row[0].double().masked_fill(row[0] < drawn.threshold[0], -torch.inf)
     _chi_square(drawn.token, (kept / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (100, 1.0), (0, 0.6)])
+def test_draws_from_a_head_follow_the_distribution(top_k: int, top_p: float) -> None:
+    """A vocabulary of 6007 through the head, one stream a sample and one a position."""
+    rng = torch.Generator().manual_seed(6)
+    weight = 0.4 * torch.randn(6007, 16, generator=rng)
+    hidden = torch.randn(1, 16, generator=rng).expand(4000, 16)
+    streams = torch.arange(4000) // 8, torch.arange(4000) % 8
+    parts = [linear_sample(hidden, weight, 0.9, top_k, top_p, seed, *streams) for seed in range(8)]
+    (logits,) = linear(hidden[:1], weight).double()
+    kept = logits.masked_fill(logits < parts[0].threshold[0], -torch.inf)
+    _chi_square(torch.cat([part.token for part in parts]), (kept / 0.9).softmax(-1))
+
+
+def test_uniforms_of_neighbouring_streams_are_independent() -> None:
+    """Pairs of draws of two equal tokens' halves, over samples, positions, seeds: one bit each."""
+    logits = torch.zeros(20_000, 2)
+    ids = torch.arange(20_000)
+    still = torch.zeros_like(ids)
+    streams = {
+        "sample": (0, ids, still),
+        "next sample": (0, ids + 1, still),
+        "position": (0, ids, still + 1),
+        "seed": (1, ids, still),
+        "along a response": (0, still, ids),
+        "other half of the id": (0, ids << 32, still),
+    }
+    bits = {name: sample(logits, 1.0, 0, 1.0, *s).token for name, s in streams.items()}
+    for (a, first), (b, second) in itertools.combinations(bits.items(), 2):
+        if {a, b} == {"sample", "next sample"}:
+            first, second = first[::2], second[::2]  # shifted by one, they share the other half
+        _chi_square(2 * first + second, torch.full((4,), 0.25))
 
 
 def test_greedy_takes_the_first_of_equal_maxima() -> None:

@@ -138,6 +138,17 @@ def ragged(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]
     return [[draw.randrange(4, VOCAB) for _ in range(length)] for length in lengths]
 
 
+def grouped(seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    """Three answers to each of two prompts, one of them empty, and a sequence of its own; with the
+    lengths of the prompts.
+    """
+    long, short, other = ragged(seed, (30, 5, 9))
+    answers = ragged(seed + 1, (4, 29, 34, 0, 3, 2))
+    heads = [long, short, long, short, long, short]
+    sequences = [head + answer for head, answer in zip(heads, answers, strict=True)]
+    return [*sequences, other], [len(head) for head in heads] + [2]
+
+
 def padded(sequences: list[list[int]], side: str) -> dict[str, Tensor]:
     """What transformers takes: ids, mask and positions ``[B, L]``, padded on one side."""
     width = max(map(len, sequences))

@@ -29,7 +29,7 @@ from hybrid_engine.models import (
     save_model,
 )
 
-from .peers import CONTEXT, EOS, PAD, VOCAB, padded, ragged
+from .peers import CONTEXT, EOS, PAD, VOCAB, grouped, padded, ragged
 
 _COMMON = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": PAD}
 _COMMON |= {"num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": CONTEXT}
@@ -108,6 +108,16 @@ def test_scalar_scores_equal_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(
         again(**padded(ragged(), "right")).logits.squeeze(-1), expected, rtol=0, atol=1e-5
     )
+
+
+def test_shared_prompts_are_taken_apart(tmp_path: Path) -> None:
+    save_peer(AutoModelForCausalLM, neox(), tmp_path)
+    model = warned_once(load_causal_lm, tmp_path, "gpt_neox")
+    sequences, prompts = grouped()
+    shared, apart = pack(sequences, prompts), pack(sequences)
+    scores = [model(batch, *response_rows(batch, prompts)).logprobs for batch in (shared, apart)]
+    assert shared.num_tokens < apart.num_tokens
+    assert torch.equal(*scores)
 
 
 def test_a_causal_source_gets_a_seeded_head(tmp_path: Path) -> None:

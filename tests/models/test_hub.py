@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_engine.errors import UserError
-from hybrid_engine.models import load_causal_lm
+from hybrid_engine.models import LoRAConfig, load_causal_lm, save_adapter
 
 from .peers import ragged, save_causal, worst_logit_gap
 
@@ -78,3 +78,14 @@ def test_a_repository_that_is_no_model(hub: FakeHub) -> None:
     (hub.repository / "config.json").unlink()
     with pytest.raises(UserError, match=r"owner/model: the hub repository has no config\.json"):
         load_causal_lm("owner/model")
+
+
+def test_an_adapter_by_name(hub: FakeHub, tmp_path: Path) -> None:
+    save_causal("llama", tmp_path / "base")
+    model = load_causal_lm(tmp_path / "base", lora=LoRAConfig(2))
+    save_adapter(model, tmp_path / "adapter")
+    shutil.rmtree(hub.repository)
+    shutil.copytree(tmp_path / "adapter", hub.repository)
+    again = load_causal_lm("someone/adapter")
+    assert sorted(hub.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert again.adapter == model.adapter

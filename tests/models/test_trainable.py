@@ -57,7 +57,7 @@ def test_merged_save_equals_the_unmerged_forward(layout: str, tmp_path: Path) ->
 
 def test_lora_trains_the_adapters_alone(tmp_path: Path) -> None:
     save_causal("llama-tied", tmp_path)
-    config = LoRAConfig(r=2, alpha=4.0, targets=("qkv", "mlp_out"))
+    config = LoRAConfig(r=2, alpha=4.0, target_modules=("q_proj", "k_proj", "v_proj", "down_proj"))
     torch.manual_seed(98)
     model = load_causal_lm(tmp_path, lora=config)
     expected = {
@@ -97,7 +97,7 @@ def test_lora_gradients_are_those_of_the_merged_weight(tmp_path: Path) -> None:
         each(batch, rows, targets).logprobs.sum().backward()
     linears = dict(merged.named_modules())
     for name, linear in adapted_linears(model):
-        splits = linear.splits
+        splits = linear.lora_splits
         pieces = zip(
             linears[name].weight.grad.split(splits),
             linear.lora_a.split(2),

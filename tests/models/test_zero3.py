@@ -20,10 +20,11 @@ from hybrid_engine.models import (
     load_causal_lm,
     pack,
     response_rows,
+    save_adapter,
     save_model,
 )
 
-from .peers import ragged, save_causal
+from .peers import grouped, save_causal
 
 pytestmark = [pytest.mark.multi_process, pytest.mark.slow]
 
@@ -68,13 +69,15 @@ def rank_of_two(layout: str, directory: Path) -> None:
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=model, model_parameters=trained, config=settings)[0]
-    batch, losses = pack(ragged()), []
+    batch, losses = pack(*grouped()), []
     for _ in range(STEPS):
         loss = batch_loss(engine, batch)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     save_model(model, directory / "trained")
+    if model.adapter is not None:
+        save_adapter(model, directory / "adapter")
     if torch.distributed.get_rank() == 0:
         (directory / "losses.json").write_text(json.dumps(losses))
     torch.distributed.barrier()
@@ -120,7 +123,7 @@ def run_two_ranks(layout: str, directory: Path) -> None:
 def test_two_ranks_equal_one(layout: str, tmp_path: Path) -> None:
     save_causal(layout, tmp_path)
     run_two_ranks(layout, tmp_path)
-    model, batch = make(layout, tmp_path), pack(ragged())
+    model, batch = make(layout, tmp_path), pack(*grouped())
     losses = one_rank(model, batch)
     assert losses[-1] < losses[0] - 0.1
     # both ranks have the same batch, so the averaged gradient is one rank's
@@ -128,6 +131,9 @@ def test_two_ranks_equal_one(layout: str, tmp_path: Path) -> None:
     with torch.no_grad():
         gathered = load_causal_lm(tmp_path / "trained").logits(batch)
         torch.testing.assert_close(gathered, model.logits(batch), rtol=0, atol=1e-4)
+        if model.adapter is not None:
+            unmerged = load_causal_lm(tmp_path / "adapter").logits(batch)
+            torch.testing.assert_close(unmerged, gathered, rtol=0, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -251,6 +251,29 @@ def test_a_language_model_is_no_reward_model(tmp_path):
         mix(str(tmp_path))
 
 
+def test_an_adapter_scores_as_the_model_that_it_makes(tmp_path):
+    from hybrid_engine.models import (
+        LoRAConfig,
+        load_causal_lm,
+        load_scalar_model,
+        save_adapter,
+        save_model,
+    )
+    from tests.tiny import make_tiny_model
+
+    base, lora = make_tiny_model(tmp_path / "policy"), LoRAConfig(4, 32.0)
+    model = load_scalar_model(base, lora=lora)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_adapter(model, tmp_path / "judge")
+    save_model(model, tmp_path / "merged")
+    adapted, merged = (mix(str(tmp_path / name))(SAMPLES).total for name in ("judge", "merged"))
+    assert adapted == pytest.approx(merged, rel=1e-4, abs=1e-5)
+    save_adapter(load_causal_lm(base, lora=lora), tmp_path / "speaker")
+    with pytest.raises(UserError, match="is a language model's adapter, without a score"):
+        mix(str(tmp_path / "speaker"))
+
+
 def test_groups_stay_within_the_token_budget():
     from hybrid_engine.rewards.model_reward import within_budget
 

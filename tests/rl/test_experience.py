@@ -1,5 +1,7 @@
 """Selection, minibatches and packed passes keep rows whole and aligned."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,6 +41,13 @@ def test_select_keeps_order_and_cuts_the_padding():
     assert part.old_logprobs.shape == (2, 3)
     assert part.mask.tolist() == [[True, True, True], [True, False, False]]
     assert part.num_tokens == 4
+
+
+def test_thresholds_follow_their_tokens():
+    whole = make_experience([5, 1, 3])
+    assert whole.flat_thresholds is None
+    part = replace(whole, thresholds=whole.old_logprobs + 0.125).select([2, 1])
+    assert part.flat_thresholds.tolist() == [200.125, 201.125, 202.125, 100.125]
 
 
 def test_empty_selection_has_no_width():

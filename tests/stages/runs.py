@@ -123,8 +123,9 @@ def summary(output: Path) -> dict[str, dict[str, Any]]:
 def files(output: Path) -> dict[str, bytes]:
     """Every file of the models in `output`, with what the run says of its answers."""
     found = [p for p in output.rglob("*") if p.is_file() and "checkpoints" not in p.parts]
+    place = str(output.resolve()).encode()  # adapters name their base by its whole path
     return {
-        str(p.relative_to(output)): p.read_bytes()
+        str(p.relative_to(output)): p.read_bytes().replace(place, b"OUTPUT")
         for p in found
         if p.parent != output  # metrics and logs have the time in them
     }

@@ -96,7 +96,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model.lora_r": 4},
+        {"model.lora_r": 4, "model.lora_dropout": 0.2, "model.lora_merge": True},
         {"model.trainable_layers": 1},
         {"zero_stage": 1},
         {"zero_stage": 2},

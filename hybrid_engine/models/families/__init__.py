@@ -10,9 +10,10 @@ from .gpt2 import GPT2
 from .llama import LLAMA
 from .opt import OPT
 
-__all__ = ["HEAD", "SCORE", "Entry", "Family", "family_of_type", "spec_from_hf"]
+__all__ = ["HEAD", "SCORE", "Entry", "Family", "family_of_spec", "family_of_type", "spec_from_hf"]
 
-_BY_MODEL_TYPE = {kind: family for family in (LLAMA, OPT, GPT2) for kind in family.architectures}
+_FAMILIES = (LLAMA, OPT, GPT2)
+_BY_MODEL_TYPE = {kind: family for family in _FAMILIES for kind in family.architectures}
 
 
 def family_of_type(model_type: str) -> Family:
@@ -22,6 +23,11 @@ def family_of_type(model_type: str) -> Family:
         known = ", ".join(sorted(_BY_MODEL_TYPE))
         raise UnsupportedFamily(f"model type {model_type!r} (native: {known})")
     return family
+
+
+def family_of_spec(spec: DecoderSpec) -> Family:
+    """The table that a spec was read with."""
+    return next(family for family in _FAMILIES if family.name == spec.family)
 
 
 def spec_from_hf(hf_config: Any) -> DecoderSpec:

@@ -16,7 +16,7 @@ class Linear(nn.Module):
 
     ``weight [N, K]``, ``bias [N]``, ``lora_a [S * r, K]``, ``lora_b [N, r]``; absent ones are None.
     A fused projection (q|k|v, gate|up) keeps one (A, B) pair for each of its S parts, as separate
-    layers would.
+    layers would, unless it is adapted as one layer.
 
     Args:
         in_features: K.
@@ -57,12 +57,14 @@ class Linear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.lora_scale = 1.0
+        self.lora_splits: tuple[int, ...] = self.splits  # outputs of each (A, B) pair
+        self.lora_dropout = 0.0
         self.lora_enabled = True  # False: the base layer alone, adapter or not
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
         self.reset_parameters()
         if lora_rank:
-            self.add_lora(lora_rank, lora_alpha)
+            self.add_lora(lora_rank, lora_alpha / lora_rank)
 
     def reset_parameters(self) -> None:
         """Weight and bias as ``torch.nn.Linear`` initialises them."""
@@ -71,12 +73,37 @@ class Linear(nn.Module):
             bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def add_lora(self, rank: int, alpha: float) -> None:
-        """Adds an adapter that changes nothing yet: A kaiming uniform (a = sqrt 5), B zero."""
+    def add_lora(
+        self,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        splits: Sequence[int] | None = None,
+    ) -> None:
+        """Adds an adapter that changes nothing yet: A kaiming uniform (a = sqrt 5), B zero.
+
+        Args:
+            rank: r.
+            scale: the factor of the low-rank term.
+            dropout: probability with which the term's input is zeroed, in training mode alone.
+            splits: outputs of each (A, B) pair, summing to N; None takes the layer's own parts.
+
+        Raises:
+            ValueError: a rank below 1, splits that do not sum to N, or a dropout outside [0, 1).
+        """
         if rank < 1:
             raise ValueError(f"Linear: lora_rank is {rank}; expected at least 1")
-        self.lora_scale = alpha / rank
-        self.lora_a = nn.Parameter(self.weight.new_empty(len(self.splits) * rank, self.in_features))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Linear: lora dropout is {dropout}; expected a value in [0, 1)")
+        self.lora_splits = self.splits if splits is None else tuple(splits)
+        if sum(self.lora_splits) != self.out_features:
+            raise ValueError(
+                f"Linear: lora splits {self.lora_splits} sum to {sum(self.lora_splits)}; "
+                f"expected {self.out_features}"
+            )
+        self.lora_scale, self.lora_dropout = scale, dropout
+        pairs = len(self.lora_splits)
+        self.lora_a = nn.Parameter(self.weight.new_empty(pairs * rank, self.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
@@ -84,13 +111,27 @@ class Linear(nn.Module):
         """``[..., K]`` to ``[..., N]``."""
         if self.lora_a is None or not self.lora_enabled:
             return ops.linear(x, self.weight, self.bias)
+        if self.training and self.lora_dropout > 0:
+            return ops.linear(x, self.weight, self.bias) + self._dropped_term(x)
         return ops.linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.lora_scale, self.splits
+            x, self.weight, self.bias, self.lora_a, self.lora_b, self.lora_scale, self.lora_splits
         )
+
+    def _dropped_term(self, x: Tensor) -> Tensor:
+        """``scale B A dropout(x)``. The parts of a fused layer see the same zeros."""
+        inner = ops.linear(nn.functional.dropout(x, self.lora_dropout), self.lora_a)
+        inner = inner * self.lora_scale
+        pairs = zip(
+            inner.chunk(len(self.lora_splits), dim=-1),
+            self.lora_b.split(self.lora_splits),
+            strict=True,
+        )
+        return torch.cat([ops.linear(part, b) for part, b in pairs], dim=-1)
 
     def extra_repr(self) -> str:
         rank = 0 if self.lora_b is None else self.lora_b.shape[1]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, splits={self.splits}, lora_rank={rank}"
+            f"bias={self.bias is not None}, splits={self.splits}, lora_rank={rank}, "
+            f"lora_dropout={self.lora_dropout}"
         )

@@ -1,8 +1,9 @@
 """The operators: differentiable functions that run a native kernel where there is one."""
 
+from hybrid_kernels.ops._dispatch import activations
 from hybrid_kernels.ops.activation import bias_activation, gated_activation
 from hybrid_kernels.ops.attention import attention, kv_append, paged_attention, rope
-from hybrid_kernels.ops.head import linear_token_logprobs
+from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
 from hybrid_kernels.ops.linear import linear, matmul
 from hybrid_kernels.ops.lora import MergeRecord, lora_merge, lora_merge_, lora_unmerge_
 from hybrid_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "PolicyStats",
     "Sample",
     "ValueStats",
+    "activations",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -33,6 +35,7 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "linear",
+    "linear_sample",
     "linear_token_logprobs",
     "lora_merge",
     "lora_merge_",

@@ -21,7 +21,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class _Registration:
     fake: Callable[..., Any]
     setup_context: Callable[..., None] | None
     backward: Callable[..., Any] | None
+    half_on_cuda: bool
 
     def apply(self) -> None:
         name = f"{NAMESPACE}::{self.op}"
@@ -48,7 +49,7 @@ class _Registration:
             torch.library.register_autograd(name, backward, setup_context=self.setup_context)
 
 
-_registrations: list[_Registration] = []
+_registrations: dict[str, _Registration] = {}
 
 
 def register(
@@ -57,6 +58,7 @@ def register(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    half_on_cuda: bool = False,
 ) -> None:
     """Tells torch about a native operator, as soon as the library is loaded.
 
@@ -66,15 +68,16 @@ def register(
         setup_context: ``(ctx, inputs, output)``: saves what the backward needs, and marks the
             outputs that carry no gradient (``ctx.mark_non_differentiable``).
         backward: ``(ctx, *output_grads)`` to one gradient (or None) for each input.
+        half_on_cuda: its CUDA kernel takes float16 and bfloat16 beside float32.
     """
-    _registrations.append(_Registration(op, fake, setup_context, backward))
+    _registrations[op] = _Registration(op, fake, setup_context, backward, half_on_cuda)
 
 
 @functools.cache
 def _native_ready() -> bool:
     if not _loader.native_available():
         return False
-    for registration in _registrations:
+    for registration in _registrations.values():
         registration.apply()
     return True
 
@@ -87,22 +90,81 @@ def native_operator(op: str) -> Any:
 
 
 def use_native(op: str, *tensors: Tensor | None) -> bool:
-    """Whether the native kernel takes these arguments: all on the CPU, the floating ones float32.
+    """Whether a native kernel takes these arguments.
 
-    Otherwise the reference runs, with one warning for each (operator, device, dtype).
+    On the CPU the floating ones are float32; on CUDA they have one dtype, which the operator's
+    kernel there knows. Otherwise the reference runs, with one warning for each (operator, device,
+    dtype).
 
     Raises:
         RuntimeError: it does not, and ``HYBRID_KERNELS_REQUIRE_NATIVE=1``.
     """
     if not _native_ready():
         return False
-    for tensor in tensors:
-        if tensor is None or (tensor.is_cpu and tensor.dtype is torch.float32):
-            continue
-        if not tensor.is_cpu or tensor.is_floating_point():
+    given = [tensor for tensor in tensors if tensor is not None]
+    floating = [tensor.dtype for tensor in given if tensor.is_floating_point()]
+    for tensor in given:
+        if tensor.device.type != given[0].device.type or not _takes(op, tensor, floating):
             _report_fallback(op, tensor.device.type, tensor.dtype)
             return False
     return True
+
+
+def _takes(op: str, tensor: Tensor, floating: list[torch.dtype]) -> bool:
+    if tensor.is_cpu:
+        return not tensor.is_floating_point() or tensor.dtype is torch.float32
+    if not tensor.is_cuda or not _has_cuda_kernel(op):
+        return False
+    return not tensor.is_floating_point() or (
+        tensor.dtype is floating[0]
+        and (
+            tensor.dtype is torch.float32
+            or (tensor.dtype in _HALF and _registrations[op].half_on_cuda)
+        )
+    )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _has_cuda_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CUDA")
+
+
+def use_native_with_weight(op: str, rows: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """:func:`use_native` for a kernel that also reads a bfloat16 weight beside float32 rows."""
+    reads = rows.dtype is torch.float32 and weight.is_cpu and weight.dtype is torch.bfloat16
+    return use_native(op, rows, None if reads else weight, *others)
+
+
+@overload
+def widened(parameter: Tensor, rows: Tensor) -> Tensor: ...
+
+
+@overload
+def widened(parameter: None, rows: Tensor) -> None: ...
+
+
+@overload
+def widened(parameter: Tensor | None, rows: Tensor) -> Tensor | None: ...
+
+
+def widened(parameter: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A bfloat16 parameter as float32, which is exact, where it meets float32 rows."""
+    if parameter is None or parameter.dtype is not torch.bfloat16:
+        return parameter
+    return parameter.float() if rows.dtype is torch.float32 else parameter
+
+
+def activations(rows: Tensor) -> Tensor:
+    """Rows looked up in a table, in the dtype that all activations after them have.
+
+    The native kernels read bfloat16 weights and compute in float32; so activations are float32 on
+    the CPU then. Elsewhere, and in the reference, they have the weights' dtype.
+    """
+    native = rows.is_cpu and rows.dtype is torch.bfloat16 and _native_ready()
+    return rows.float() if native else rows
 
 
 def _report_fallback(op: str, device: str, dtype: torch.dtype) -> None:

@@ -3,6 +3,8 @@
 Kinds: ``relu``; ``silu``, x sigmoid(x); ``gelu_erf``, x Phi(x) with the normal distribution Phi;
 and ``gelu_tanh``, its approximation x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2 (Hendrycks
 and Gimpel, "Gaussian Error Linear Units", 2016).
+
+Where float32 stands below, CUDA tensors may also be float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ register(
     lambda x, bias, kind: _like(x),
     setup_context=_bias_setup,
     backward=_bias_backward,
+    half_on_cuda=True,
 )
 register(
     "bias_activation_backward",
@@ -87,5 +90,6 @@ register(
     lambda gate_up, kind: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
     setup_context=_gated_setup,
     backward=_gated_backward,
+    half_on_cuda=True,
 )
 register("gated_activation_backward", lambda grad_y, gate_up, kind: _like(gate_up))

@@ -2,6 +2,9 @@
 
 Training, prefill and decode share one tile size and one order of sums, so a token's output has the
 same bits in all of them.
+
+On CUDA, queries, keys, values and the cache may be float16 or bfloat16. Lengths, tables, positions
+and slots are not checked there: looking at them would wait for the device.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def paged_attention(
     Raises:
         ValueError: shapes that do not fit, a block outside the cache, more rows than cached tokens.
     """
-    if not use_native("paged_attention", q, cache, alibi_slopes):
+    if not use_native("paged_attention", q, cache):
         return reference.paged_attention(
             q, cache, block_tables, kv_lengths, cu_q, scale, alibi_slopes, window
         )
@@ -108,7 +111,7 @@ def rope(
     Raises:
         ValueError: shapes that do not fit, or a position outside the tables.
     """
-    if not use_native("rope", q, k, cos, sin):
+    if not use_native("rope", q, k):
         return reference.rope(q, k, cos, sin, positions)
     return torch.ops.hybrid_kernels.rope(q, k, cos, sin, positions)
 
@@ -135,7 +138,8 @@ def kv_append(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
 
 
 def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]))
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -172,11 +176,12 @@ register(
         v.new_empty(v.shape),
     ),
 )
-register("paged_attention", _fake_attention)
+register("paged_attention", _fake_attention, half_on_cuda=True)
 register(
     "rope",
     lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     setup_context=_rope_setup,
     backward=_rope_backward,
+    half_on_cuda=True,
 )
-register("kv_append", lambda *_: None)
+register("kv_append", lambda *_: None, half_on_cuda=True)

@@ -1,6 +1,9 @@
 """The linear layer, with an optional low-rank term for each block of its outputs.
 
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+
+On CUDA, tensors may also be float16 or bfloat16; up to 16 rows run a kernel with one order of sums,
+more rows and `matmul` run cuBLAS, whose order is its own.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import reference
-from hybrid_kernels.ops._dispatch import register, use_native
+from hybrid_kernels.ops._dispatch import register, use_native, use_native_with_weight, widened
 
 
 def linear(
@@ -31,10 +34,11 @@ def linear(
 
     Args:
         x: ``[..., K]`` float32.
-        weight: ``[N, K]`` float32, the training layout; read where it lies.
-        bias: ``[N]`` float32 or None.
-        lora_a: ``[S * R, K]`` float32 or None: the ``[R, K]`` factors of S splits, stacked.
-        lora_b: ``[N, R]`` float32 or None: row n belongs to the split that output n falls in.
+        weight: ``[N, K]`` float32 or bfloat16, the training layout; read where it lies. The result
+            is that of the same weight in float32, bit for bit: bfloat16 is widened on its way.
+        bias: ``[N]`` or None. This and the factors are float32, or bfloat16, which is widened.
+        lora_a: ``[S * R, K]`` or None: the ``[R, K]`` factors of S splits, stacked.
+        lora_b: ``[N, R]`` or None: row n belongs to the split that output n falls in.
         lora_scale: the factor of the low-rank term.
         lora_splits: sizes of the S splits, summing to N; None means one split.
 
@@ -48,7 +52,9 @@ def linear(
     if (lora_a is None) != (lora_b is None):
         raise ValueError("linear: lora_a and lora_b come together; expected both or none")
     splits = list(lora_splits or ([] if lora_a is None else [weight.shape[0]]))
-    if not use_native("linear", x, weight, bias, lora_a, lora_b):
+    bias, lora_a, lora_b = (widened(part, x) for part in (bias, lora_a, lora_b))
+    if not use_native_with_weight("linear", x, weight, bias, lora_a, lora_b):
+        weight = widened(weight, x)
         return reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
     return torch.ops.hybrid_kernels.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
 
@@ -58,7 +64,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: ``[M, K]`` float32, any strides (a transposed view costs no copy).
-        b: ``[K, N]`` float32.
+        b: ``[K, N]`` float32, or bfloat16, which is widened.
 
     Returns:
         ``[M, N]`` float32.
@@ -66,6 +72,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
+    b = widened(b, a)
     if not use_native("matmul", a, b):
         return reference.matmul(a, b)
     return torch.ops.hybrid_kernels.matmul(a, b)
@@ -85,6 +92,7 @@ def _fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, lora_a, lora_b, ctx.lora_scale, ctx.lora_splits = inputs
+    ctx.weight_dtype = weight.dtype
     wants_x, wants_weight, _, wants_a, wants_b, *_ = ctx.needs_input_grad
     needs_x = wants_weight or wants_a or wants_b
     ctx.save_for_backward(
@@ -101,7 +109,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
     rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
     grad_x = matmul(grad, weight) if wants_x else None
-    grad_weight = matmul(grad.T, rows) if wants_weight else None
+    grad_weight = matmul(grad.T, rows).to(ctx.weight_dtype) if wants_weight else None
     grad_bias = grad.sum(0) if wants_bias else None
     grad_a = grad_b = None
     if lora_b is not None:
@@ -128,5 +136,5 @@ def _grad_b(grad: Tensor, projected: Tensor, splits: list[int]) -> Tensor:
     return torch.cat([matmul(g.T, p) for g, p in pairs])
 
 
-register("linear", _fake, setup_context=_setup, backward=_backward)
-register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])))
+register("linear", _fake, setup_context=_setup, backward=_backward, half_on_cuda=True)
+register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), half_on_cuda=True)

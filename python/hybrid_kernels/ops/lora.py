@@ -111,7 +111,10 @@ def lora_unmerge_(
 
 
 def _native(op: str, *tensors: Tensor) -> bool:
-    """These kernels, unlike the others, take bfloat16 as well: only other tensors decide."""
+    """These kernels, unlike the others, take bfloat16 as well: only other tensors decide. On CUDA
+    the weight decides: factors in float32 go with every one."""
+    if tensors[0].is_cuda:
+        return use_native(op, tensors[0])
     return use_native(op, *(t for t in tensors if not (t.is_cpu and t.dtype is torch.bfloat16)))
 
 
@@ -142,6 +145,7 @@ register(
     lambda weight, lora_a, lora_b, scale, splits: torch.empty_like(
         weight, memory_format=torch.contiguous_format
     ),
+    half_on_cuda=True,
 )
-register("lora_merge_", _fake_merge_in_place)
-register("lora_unmerge_", lambda *arguments: None)
+register("lora_merge_", _fake_merge_in_place, half_on_cuda=True)
+register("lora_unmerge_", lambda *arguments: None, half_on_cuda=True)

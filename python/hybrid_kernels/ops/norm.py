@@ -2,6 +2,8 @@
 
 RMSNorm: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. LayerNorm: Ba, Kiros and
 Hinton, "Layer Normalization", 2016.
+
+Where float32 stands below, CUDA tensors may also be float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_kernels.ops._dispatch import register, use_native
+from hybrid_kernels.ops._dispatch import register, use_native, widened
 from hybrid_kernels.reference import norm as reference
 
 
@@ -20,12 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: ``[..., N]`` float32.
-        weight: ``[N]`` float32.
+        weight: ``[N]`` float32, or bfloat16, which is widened.
         eps: added to the mean square.
 
     Returns:
         ``[..., N]`` float32. Statistics are float32; the backward recomputes from ``x``.
     """
+    weight = widened(weight, x)
     if not use_native("rms_norm", x, weight):
         return reference.rms_norm(x, weight, eps)
     y, _ = torch.ops.hybrid_kernels.rms_norm(x, weight, eps)
@@ -38,12 +41,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Args:
         x: ``[..., N]`` float32.
         residual: like ``x``.
-        weight: ``[N]`` float32.
+        weight: ``[N]`` float32, or bfloat16, which is widened.
         eps: added to the mean square.
 
     Returns:
         ``(y, sum)``, both ``[..., N]`` float32 in fresh storage.
     """
+    weight = widened(weight, x)
     if not use_native("add_rms_norm", x, residual, weight):
         return reference.add_rms_norm(x, residual, weight, eps)
     y, total, _ = torch.ops.hybrid_kernels.add_rms_norm(x, residual, weight, eps)
@@ -55,13 +59,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
     Args:
         x: ``[..., N]`` float32.
-        weight: ``[N]`` float32.
-        bias: ``[N]`` float32 or None.
+        weight: ``[N]`` float32, or bfloat16, which is widened.
+        bias: like ``weight``, or None.
         eps: added to the (biased) variance.
 
     Returns:
         ``[..., N]`` float32. The variance is computed after the mean, from the deviations.
     """
+    weight, bias = widened(weight, x), widened(bias, x)
     if not use_native("layer_norm", x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps)
     y, _, _ = torch.ops.hybrid_kernels.layer_norm(x, weight, bias, eps)
@@ -76,13 +81,14 @@ def add_layer_norm(
     Args:
         x: ``[..., N]`` float32.
         residual: like ``x``.
-        weight: ``[N]`` float32.
-        bias: ``[N]`` float32 or None.
+        weight: ``[N]`` float32, or bfloat16, which is widened.
+        bias: like ``weight``, or None.
         eps: added to the (biased) variance.
 
     Returns:
         ``(y, sum)``, both ``[..., N]`` float32 in fresh storage.
     """
+    weight, bias = widened(weight, x), widened(bias, x)
     if not use_native("add_layer_norm", x, residual, weight, bias):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     y, total, _, _ = torch.ops.hybrid_kernels.add_layer_norm(x, residual, weight, bias, eps)
@@ -97,7 +103,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _row_statistic(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1])
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _rms_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,12 +171,14 @@ register(
     lambda x, weight, eps: (_like(x), _row_statistic(x)),
     setup_context=_rms_setup,
     backward=_rms_backward,
+    half_on_cuda=True,
 )
 register(
     "add_rms_norm",
     lambda x, residual, weight, eps: (_like(x), _like(x), _row_statistic(x)),
     setup_context=_add_rms_setup,
     backward=_add_rms_backward,
+    half_on_cuda=True,
 )
 register("rms_norm_backward", lambda grad_y, x, weight, rstd: (_like(x), _like(weight)))
 register(
@@ -178,6 +186,7 @@ register(
     lambda x, weight, bias, eps: (_like(x), _row_statistic(x), _row_statistic(x)),
     setup_context=_layer_setup,
     backward=_layer_backward,
+    half_on_cuda=True,
 )
 register(
     "add_layer_norm",
@@ -189,6 +198,7 @@ register(
     ),
     setup_context=_add_layer_setup,
     backward=_add_layer_backward,
+    half_on_cuda=True,
 )
 register(
     "layer_norm_backward",

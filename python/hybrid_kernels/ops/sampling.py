@@ -2,6 +2,9 @@
 
 Sampling and scoring share the row function of ``csrc/sampling``: equal logits give equal bits,
 whatever else is in the batch and however many threads run.
+
+On CUDA the logits may be float16 or bfloat16. Targets and rows are not checked there, since looking
+at them would wait for the device: a bad row gives token -1 and NaN, a bad target NaN.
 """
 
 from __future__ import annotations
@@ -16,26 +19,36 @@ from hybrid_kernels.reference import sampling as reference
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, thresholds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of ``softmax(logits / temperature)``.
+
+    With ``thresholds`` both are of the distribution that truncated sampling draws from: over the
+    logits of a row that are at least its threshold, renormalised. The threshold that :func:`sample`
+    reported gives its ``kept_logprob`` back, bit for bit, from equal logits. A target whose logit
+    has fallen below lowers the threshold to itself. The gradient flows through the kept logits
+    alone.
 
     Args:
         logits: ``[N, V]`` float32; ``-inf`` marks an impossible token.
         targets: ``[N]`` int64 in [0, V).
         temperature: finite, at least 1e-6.
+        thresholds: ``[N]`` float32, -inf for the whole vocabulary; None stands for that.
 
     Returns:
-        ``(logprob, entropy)``, each ``[N]`` float32, in nats. The sum of exponentials runs in
-        float64 over blocks of 64 and the log-probability is rounded once. Rows with NaN or +inf
-        give NaN. The backward keeps the logits, not their softmax.
+        ``(logprob, entropy)``, each ``[N]`` float32, in nats. Blocks of 64 exponentials are summed
+        in float32, the blocks in float64, and the log-probability is rounded once. Rows with NaN or
+        +inf give NaN. The backward keeps the logits, not their softmax.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature.
+        ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature, a
+            threshold that is NaN.
     """
-    if not use_native("token_logprobs", logits):
-        return reference.token_logprobs(logits, targets, temperature)
-    logprob, entropy, _ = torch.ops.hybrid_kernels.token_logprobs(logits, targets, temperature)
+    if not use_native("token_logprobs", logits, thresholds):
+        return reference.token_logprobs(logits, targets, temperature, thresholds)
+    logprob, entropy, _, _ = torch.ops.hybrid_kernels.token_logprobs(
+        logits, targets, temperature, thresholds
+    )
     return logprob, entropy
 
 
@@ -47,6 +60,7 @@ class Sample(NamedTuple):
     entropy: Tensor  # [N] float32, of the same distribution
     kept_mass: Tensor  # [N] float32, probability of the set that top-k and top-p kept
     threshold: Tensor  # [N] float32, least logit kept: the kept set is {logit >= threshold}
+    kept_logprob: Tensor  # [N] float32, over the kept set: what the token was drawn with
 
 
 def sample(
@@ -93,39 +107,41 @@ def sample(
 
 
 def _score_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, temperature = inputs
-    _, entropy, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, targets, entropy, lse)
+    logits, targets, temperature, _ = inputs
+    _, entropy, lse, threshold = output
+    ctx.mark_non_differentiable(lse, threshold)
+    ctx.save_for_backward(logits, targets, entropy, lse, threshold)
     ctx.temperature = temperature
 
 
 def _score_backward(
-    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     grad = torch.ops.hybrid_kernels.token_logprobs_backward(
         grad_logprob, grad_entropy, *ctx.saved_tensors, ctx.temperature
     )
-    return grad, None, None
+    return grad, None, None, None
 
 
 def _row(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:1])
+    return logits.new_empty(logits.shape[:1], dtype=torch.float32)
 
 
 register(
     "token_logprobs",
-    lambda logits, targets, temperature: (
+    lambda logits, targets, temperature, thresholds: (
         _row(logits),
         _row(logits),
         _row(logits).double(),
+        _row(logits),
     ),
     setup_context=_score_setup,
     backward=_score_backward,
+    half_on_cuda=True,
 )
 register(
     "token_logprobs_backward",
-    lambda grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature: torch.empty_like(
+    lambda grad_logprob, grad_entropy, logits, *_: torch.empty_like(
         logits, memory_format=torch.contiguous_format
     ),
 )
@@ -133,6 +149,7 @@ register(
     "sample",
     lambda logits, temperature, top_k, top_p, seed, sample_ids, positions: (
         sample_ids.new_empty(logits.shape[:1]),
-        *(_row(logits) for _ in range(4)),
+        *(_row(logits) for _ in range(5)),
     ),
+    half_on_cuda=True,
 )

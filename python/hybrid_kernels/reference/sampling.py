@@ -11,18 +11,24 @@ _BLOCK = 64  # tokens of one block of the vocabulary
 _BLOCK_STREAM, _TOKEN_STREAM = 0, 1 << 31  # Philox streams of the clocks of blocks and of tokens
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, thresholds: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of ``softmax(logits / temperature)``.
 
     Args:
         logits: [N, V]; ``-inf`` marks an impossible token.
         targets: [N] int64.
         temperature: > 0, rounded to float32 as the kernels take it.
+        thresholds: [N] or None: only logits at or above them exist, and the target's.
 
     Returns:
         ``(logprob [N], entropy [N] in nats)`` in the dtype of ``logits``. Differentiable by
         autograd.
     """
+    if thresholds is not None:
+        own = logits.detach().gather(-1, targets.unsqueeze(-1))
+        logits = logits.masked_fill(logits < own.minimum(thresholds.unsqueeze(-1)), float("-inf"))
     log_p = (logits / as_float32(temperature)).log_softmax(-1)
     logprob = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == float("-inf"), 0.0)).sum(-1)
@@ -61,7 +67,7 @@ def sample(
     seed: int,
     sample_ids: Tensor,
     positions: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A draw from each row's truncated distribution by two races of exponential clocks.
 
     Same arguments and results as :func:`hybrid_kernels.ops.sampling.sample`, as a plain tuple.
@@ -76,7 +82,9 @@ def sample(
     token = logits.argmax(-1) if greedy else _race(weight, seed, sample_ids, positions)
     logprob, entropy = token_logprobs(logits, token, scale)
     kept_mass = weight.sum(-1).to(logits.dtype)
-    return token, logprob, entropy, kept_mass, threshold.to(logits.dtype)
+    threshold = threshold.to(logits.dtype)
+    kept_logprob, _ = token_logprobs(logits, token, scale, threshold)
+    return token, logprob, entropy, kept_mass, threshold, kept_logprob
 
 
 def _race(weight: Tensor, seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:

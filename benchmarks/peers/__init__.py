@@ -1,0 +1,1 @@
+"""Other people's engines, each at its best, behind one signature."""

@@ -1,0 +1,59 @@
+// Generation's attention on a GPU: the contracts of attention.h for fp32, fp16 and bf16, on a stream.
+#pragma once
+#include <cstdint>
+
+#include "attention/attention.h"
+
+namespace hybrid::cuda {
+
+constexpr int64_t kAttentionChunk = 4 * kKvTile;  // keys that a block takes: chunks begin at absolute positions
+
+// Causal attention of the last rows of each sequence over its whole cache. Lengths and tables are read on the device alone, so that
+// a recorded launch serves every step. A row's bits depend on its sequence and position, not on the batch or on other rows.
+template <typename T>
+struct PagedAttentionParams {
+  const T* q;                   // [rows, heads, head_dim]: sequence b owns rows cu_q[b] .. cu_q[b + 1]
+  const T* cache;               // [blocks, kv_heads, 2, 64, head_dim] (KvCacheLayout)
+  const int32_t* block_tables;  // [batch, max_blocks]
+  const int32_t* kv_lengths;    // [batch]
+  const int32_t* cu_q;          // [batch + 1]
+  const float* alibi_slopes;    // [heads] or nullptr
+  T* out;                       // [rows, heads, head_dim]
+  float* lse;                   // [heads, rows] log-sum-exp of the scaled scores
+  float* partial;               // scratch [rows, heads, attention_chunks(max_blocks), head_dim + 2]
+  int64_t rows, batch, heads, kv_heads, head_dim, max_blocks;
+  int64_t window;               // keys visible to a query, itself included; 0 means all
+  float scale;
+};
+template <typename T>
+void paged_attention(const PagedAttentionParams<T>& params, void* stream);
+
+constexpr int64_t attention_chunks(int64_t max_blocks) {
+  return (max_blocks * kKvTile + kAttentionChunk - 1) / kAttentionChunk;
+}
+
+// Rotary embedding, half-split: pairs (i, i + rotary / 2) of each head turn by the angle whose cosine and sine are given.
+template <typename T>
+struct RopeParams {
+  const T* in;     // [rows, heads, head_dim]
+  T* out;          // like in; may alias it
+  const float* cos;  // [positions, rotary / 2]
+  const float* sin;
+  const int32_t* positions;  // [rows]
+  int64_t rows, heads, head_dim, rotary;
+};
+template <typename T>
+void rope(const RopeParams<T>& params, void* stream);
+
+template <typename T>
+struct KvAppendParams {
+  const T* k;  // [rows, kv_heads, head_dim]
+  const T* v;
+  const int64_t* slots;  // [rows] block * 64 + offset
+  T* cache;              // [blocks, kv_heads, 2, 64, head_dim]
+  int64_t rows, kv_heads, head_dim;
+};
+template <typename T>
+void kv_append(const KvAppendParams<T>& params, void* stream);
+
+}  // namespace hybrid::cuda

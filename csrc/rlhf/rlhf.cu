@@ -1,0 +1,1 @@
+#include "rlhf/rlhf.cuh"  // defines everything that rlhf_cuda.h declares

@@ -1,0 +1,214 @@
+"""Breaks the CUDA kernels on purpose, one place at a time, and checks that the tests notice.
+
+A mutant removes one barrier or one wait for asynchronous copies, or widens one bound by one. All
+mutants of a file are compiled into the same test programs, each behind a number that the
+environment variable ``SIMT_MUTANT`` picks, so that a run costs a run and not a compilation. A
+mutant is caught when a test program, built with AddressSanitizer and UndefinedBehaviorSanitizer
+or else with ThreadSanitizer, fails with it.
+
+A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the reason::
+
+    csrc/norm/norm.cuh | the line, not indented | which of the mutants of such lines | reason
+
+The last line says how many there are, how many are caught, and how many are listed. Exit code 1:
+a mutant is neither caught nor listed, or a listed one is caught after all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[2]
+LISTED = Path(__file__).with_name("equivalent_mutants.txt")
+FAMILIES = ("norm", "activation", "lora", "rlhf", "attention", "sampling", "linear")
+FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
+SANITIZERS = {
+    "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "tsan": ("-fsanitize=thread", "-DHYBRID_THREAD_SANITIZER"),
+}
+WAITS = re.compile(r"^(\s*)((?:__syncthreads|__syncwarp|cp_async_wait<\w+>)\([^;]*\);)")
+# Binary operators stand between spaces, template brackets do not: clang-format sees to it. A
+# comparison with a fraction compares values, not places.
+BOUNDS = re.compile(r" (<|<=|>=) (?!-?[\d.]*\.\d)")
+CPU_SECONDS = 120  # for one run: far more than the slowest program takes, whatever else runs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A broken line: its file relative to the repository, its text, and which of the mutants of
+    lines with that text it is in the file."""
+
+    number: int
+    file: str
+    line: int
+    text: str
+    place: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} #{self.place}: {self.text}"
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (self.file, self.text, self.place)
+
+
+def mutate(line: str, first: int) -> tuple[str, int]:
+    """The line with every mutant behind its number, the first being ``first``; and their count.
+
+    Widening lets a comparison hold for one more value: ``i < n`` becomes ``i < 1 + n``, and the
+    guard ``i >= n`` becomes ``i + 1 >= n``.
+    """
+    code = line.split("//")[0]
+    if re.search(r"constexpr|static_assert|template|operator|^\s*#", code) and "if" not in code:
+        return line, 0
+    if match := WAITS.match(code):
+        return f"{match[1]}if (!simt_mutant({first})) {match[2]}{line[match.end() :]}", 1
+    count = 0
+
+    def widen(match: re.Match[str]) -> str:
+        nonlocal count
+        count += 1
+        sign = "-" if match[1] == ">=" else "+"
+        widened = f"simt_mutant({first + count - 1})"
+        return f" {match[1]} {widened} + " if sign == "+" else f" + {widened} {match[1]} "
+
+    return BOUNDS.sub(widen, code) + line[len(code) :], count
+
+
+def write_mutated_sources(build: Path) -> list[Mutant]:
+    """Copies csrc into ``build`` with every kernel file mutated; returns the mutants."""
+    tree = build / "csrc"
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(CSRC, tree, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "*.py", "*.csv"))
+    for source in (CSRC / "tests" / "simt").glob("*.cpp"):
+        shutil.copyfile(source, tree / "tests" / "simt" / source.name)
+    mutants: list[Mutant] = []
+    for path in sorted(tree.rglob("*.cuh")):
+        lines = path.read_text().splitlines()
+        seen: Counter[str] = Counter()
+        for i, line in enumerate(lines):
+            lines[i], count = mutate(line, len(mutants))
+            text, file = line.strip(), f"csrc/{path.relative_to(tree).as_posix()}"
+            for _ in range(count):
+                mutants.append(Mutant(len(mutants), file, i + 1, text, seen[text]))
+                seen[text] += 1
+        path.write_text("\n".join(lines) + "\n")
+    (tree / "mutant.h").write_text(
+        "#pragma once\n#include <cstdlib>\n"
+        'inline const int simt_active = std::getenv("SIMT_MUTANT") ? '
+        'std::atoi(std::getenv("SIMT_MUTANT")) : -1;\n'
+        "inline int simt_mutant(int number) { return number == simt_active; }\n"
+    )
+    return mutants
+
+
+def build_programs(build: Path, cxx: list[str], families: set[str]) -> dict[tuple[str, str], Path]:
+    """The test program of every (sanitizer, family)."""
+    tree = build / "csrc"
+    simt = tree / "tests" / "simt"
+    programs = {}
+    for sanitizer, flags in SANITIZERS.items():
+        runner_flags = flags if sanitizer == "asan" else flags[1:]
+        objects = []
+        for name in ("fiber", "runner"):
+            objects.append(str(build / f"{name}.{sanitizer}.o"))
+            compile_one(cxx, runner_flags, tree, simt / f"{name}.cpp", objects[-1])
+        for family in sorted(families):
+            test = str(build / f"{family}.{sanitizer}.o")
+            source = simt / f"{family}_test.cpp"
+            compile_one(cxx, (*flags, "-include", "mutant.h"), tree, source, test)
+            programs[sanitizer, family] = build / f"{family}.{sanitizer}"
+            link = [*cxx, flags[0], test, *objects, "-o", str(programs[sanitizer, family])]
+            subprocess.run(link, check=True)
+    return programs
+
+
+def compile_one(cxx: list[str], flags: tuple[str, ...], tree: Path, source: Path, to: str) -> None:
+    subprocess.run([*cxx, *FLAGS, *flags, f"-I{tree}", "-c", str(source), "-o", to], check=True)
+
+
+def passes(program: Path, mutant: int) -> bool:
+    """Whether the test program ends well with this mutant (-1 for none)."""
+    environment = {
+        **os.environ,
+        "SIMT_MUTANT": str(mutant),
+        "HYBRID_TEST_FAIL_FAST": "1",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    limited = f'ulimit -t {CPU_SECONDS}; exec "$0"'
+    run = subprocess.run(["sh", "-c", limited, str(program)], env=environment, capture_output=True)
+    return run.returncode == 0
+
+
+def families_of(mutant: Mutant) -> tuple[str, ...]:
+    """The test programs that may notice: a common header is everybody's."""
+    family = mutant.file.split("/")[1]
+    return (family,) if family in FAMILIES else FAMILIES
+
+
+def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:
+    """The first sanitizer's build that fails, or None."""
+    for sanitizer in SANITIZERS:
+        for family in families_of(mutant):
+            if not passes(programs[sanitizer, family], mutant.number):
+                return sanitizer
+    return None
+
+
+def listed_equivalents() -> dict[tuple[str, str, int], str]:
+    """The mutants that change nothing, with the reasons."""
+    listed = {}
+    for line in LISTED.read_text().splitlines():
+        if line and not line.startswith("#"):
+            file, text, place, reason = (part.strip() for part in line.split(" | "))
+            listed[file, text, int(place)] = reason
+    return listed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, required=True, help="folder for what is compiled")
+    parser.add_argument("--cxx", default="g++", help="the compiler, with its launcher if any")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="programs at once")
+    parser.add_argument("--only", default="", help="only files whose path contains this")
+    options = parser.parse_args()
+    options.build.mkdir(parents=True, exist_ok=True)
+    mutants = [m for m in write_mutated_sources(options.build) if options.only in m.file]
+    families = {family for mutant in mutants for family in families_of(mutant)}
+    programs = build_programs(options.build, shlex.split(options.cxx), families)
+    for program in programs.values():
+        if not passes(program, -1):
+            sys.exit(f"{program} fails without any mutant")
+
+    listed = listed_equivalents()
+    caught, equivalent, wrong = 0, 0, 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = list(pool.map(lambda mutant: caught_by(mutant, programs), mutants))
+    for mutant, sanitizer in zip(mutants, verdicts, strict=True):
+        if sanitizer is None and mutant.key in listed:
+            equivalent += 1
+        elif sanitizer is None:
+            wrong += 1
+            print(f"SURVIVED {mutant}", flush=True)
+        else:
+            caught += 1
+            if mutant.key in listed:
+                wrong += 1
+                print(f"LISTED AS EQUIVALENT, but caught ({sanitizer}) {mutant}", flush=True)
+    print(f"mutants: {len(mutants)}, caught {caught}, equivalent {equivalent}, unexplained {wrong}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
