@@ -27,11 +27,11 @@ class Trained:
 
     lr = 0.0
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, module):
+        self.module = module
 
     def __call__(self, *arguments):
-        return self.model(*arguments)
+        return self.module(*arguments)
 
     def backward(self, loss, normaliser):
         (loss / normaliser).backward()
@@ -101,7 +101,7 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(tiny_model, example
     values = train_step(trained, examples, PASS)
     assert values["loss"] == pytest.approx(loss.item(), rel=1e-5)
     wanted = peer.model.layers[0].mlp.down_proj.weight.grad
-    ours = gradients(trained.model)["decoder.blocks.0.mlp_out.weight"]
+    ours = gradients(trained.module)["decoder.blocks.0.mlp_out.weight"]
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-6)
     assert evaluate(trained, examples, PASS)["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
@@ -113,8 +113,8 @@ def test_demonstrations_have_the_gradient_of_step_1(tiny_model, examples):
     config = PPOConfig(ptx_coef=0.5, max_tokens_per_pass=PASS)
     averages = Averages()
     Updater(SimpleNamespace(policy=policy), config)._demonstration_passes(examples, averages)
-    for name, gradient in gradients(policy.model).items():
-        torch.testing.assert_close(gradient, 0.5 * gradients(step_1.model)[name], msg=name)
+    for name, gradient in gradients(policy.module).items():
+        torch.testing.assert_close(gradient, 0.5 * gradients(step_1.module)[name], msg=name)
     assert averages.result(lambda value: [value])["ptx_loss"] == pytest.approx(loss, rel=1e-5)
 
 
