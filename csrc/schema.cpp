@@ -50,6 +50,10 @@ TORCH_LIBRARY(hybrid_kernels, m) {
       "lora_unmerge_(Tensor(a!) weight, Tensor lora_a, Tensor lora_b, float scale, int[] splits,"
       " Tensor residual, Tensor escape_index, Tensor escape_value) -> ()");
 
+  // gather: whole parameters, as bytes, out of the flat shards that an all-gather laid side by side; one entry a parameter
+  // in each list
+  m.def("unshard_(Tensor(a!) out, Tensor shards, int[] parts, int[] sizes, int[] offsets) -> ()");
+
   // sampling: logits are divided by temperature in sampling and scoring alike. Scores are over the logits that reach
   // a threshold; the one that held comes back, lowered to the target's logit where that is less
   m.def(

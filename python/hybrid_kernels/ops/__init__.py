@@ -3,6 +3,7 @@
 from hybrid_kernels.ops._dispatch import activations
 from hybrid_kernels.ops.activation import bias_activation, gated_activation
 from hybrid_kernels.ops.attention import attention, kv_append, paged_attention, rope
+from hybrid_kernels.ops.gather import unshard_
 from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
 from hybrid_kernels.ops.linear import linear, matmul
 from hybrid_kernels.ops.lora import MergeRecord, lora_merge, lora_merge_, lora_unmerge_
@@ -50,4 +51,5 @@ __all__ = [
     "rope",
     "sample",
     "token_logprobs",
+    "unshard_",
 ]

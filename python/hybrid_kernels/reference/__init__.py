@@ -2,6 +2,7 @@
 
 from hybrid_kernels.reference.activation import bias_activation, gated_activation
 from hybrid_kernels.reference.attention import attention, kv_append, paged_attention, rope
+from hybrid_kernels.reference.gather import unshard_
 from hybrid_kernels.reference.linear import linear, matmul
 from hybrid_kernels.reference.lora import lora_delta, lora_merge, lora_merge_, lora_unmerge_
 from hybrid_kernels.reference.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -39,4 +40,5 @@ __all__ = [
     "rope",
     "sample",
     "token_logprobs",
+    "unshard_",
 ]

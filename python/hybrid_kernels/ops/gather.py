@@ -1,0 +1,50 @@
+"""Whole parameters out of the flat shards that an all-gather laid side by side.
+
+ZeRO-3 (Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+2020) keeps an equal part of every flattened parameter on each rank. One collective for many
+parameters delivers them rank by rank; this puts each parameter's parts in a row. They are bytes
+here, so dtypes may mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.ops._dispatch import register, use_native
+from hybrid_kernels.reference import gather as reference
+
+
+@torch.no_grad()
+def unshard_(
+    out: Tensor,
+    shards: Tensor,
+    parts: Sequence[int],
+    sizes: Sequence[int],
+    offsets: Sequence[int],
+) -> None:
+    """Writes parameter p, whole and flat, to ``out[offsets[p] : offsets[p] + sizes[p]]``.
+
+    Args:
+        out: ``[E]`` uint8, contiguous; what lies between the parameters is left alone.
+            Like the operators that communicate, this changes memory without autograd's knowledge.
+        shards: ``[W, S]`` uint8, the shard of each of W ranks; its columns are the parameters'
+            parts in order.
+        parts: bytes of parameter p that each rank holds; they sum to S. Where a parameter does
+            not divide, the last ranks' parts end in padding.
+        sizes: bytes of parameter p, at most ``W * parts[p]``.
+        offsets: where parameter p begins in ``out``; ascending, without overlap.
+
+    Raises:
+        ValueError: wrong shapes or lists.
+    """
+    lists = (list(parts), list(sizes), list(offsets))
+    if use_native("unshard_", out, shards):
+        torch.ops.hybrid_kernels.unshard_(out, shards, *lists)
+    else:
+        reference.unshard_(out, shards, *lists)
+
+
+register("unshard_", lambda *arguments: None)
