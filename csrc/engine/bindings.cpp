@@ -172,11 +172,12 @@ class BoundProgram {
  public:
   explicit BoundProgram(const py::dict& spec) : program_(spec_from_dict(spec)) {}
 
-  void bind(std::map<std::string, at::Tensor> tensors, const std::map<std::string, float>& lora_scales) {
+  void bind(std::map<std::string, at::Tensor> tensors, const std::map<std::string, float>& lora_scales,
+            std::shared_ptr<WeightGate> gate) {
     refuse_while_running("bind");
     TensorTable table;
     for (const auto& [name, tensor] : tensors) table.emplace(name, view_of(name, tensor));
-    program_.bind(resolve_weights(program_.spec(), table, lora_scales));
+    program_.bind(resolve_weights(program_.spec(), table, lora_scales), std::move(gate));
     tensors_ = std::move(tensors);
   }
 
@@ -236,11 +237,28 @@ class BoundProgram {
   bool running_ = false;
 };
 
+void check_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+void register_gate(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;  // a thread that waits may hold the lock and want the GIL
+  py::class_<WeightGate, std::shared_ptr<WeightGate>>(m, "WeightGate", "Weights that arrive while they are in use.")
+      .def(py::init([] { return std::make_shared<WeightGate>(check_signals); }))
+      .def("open", &WeightGate::open, py::arg("part"), no_gil, "Part 0, 1, ... is there: see csrc/engine/weight_gate.h.")
+      .def("fail", &WeightGate::fail, py::arg("why"), no_gil, "Whoever waits gets a RuntimeError that says why.")
+      .def("close", &WeightGate::close, no_gil, "Nothing is there any more.")
+      .def_property_readonly("waited_seconds", &WeightGate::waited_seconds, "Since it was last closed.");
+}
+
 void register_program(py::module_& m) {
   py::class_<BoundProgram>(m, "DecodeProgram", "Generates from a decoder's own parameters; see csrc/engine.")
       .def(py::init<const py::dict&>(), py::arg("spec"))
       .def("bind", &BoundProgram::bind, py::arg("tensors"), py::arg("lora_scales") = std::map<std::string, float>{},
-           "Takes the data pointers of float32 or bfloat16 CPU tensors; keeps them alive until unbind().")
+           py::arg("gate") = std::shared_ptr<WeightGate>{},
+           "Takes the data pointers of float32 or bfloat16 CPU tensors; keeps them alive until unbind(). With a gate the "
+           "contents of float32 ones may come later: generate() waits for each part.")
       .def("unbind", &BoundProgram::unbind)
       .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
       .def("release_cache", &BoundProgram::release_cache, "Frees the KV cache that keep_cache=True kept.")
@@ -324,6 +342,7 @@ void register_scheduler(py::module_& m) {
 }  // namespace
 
 void register_engine(py::module_& m) {
+  register_gate(m);
   register_program(m);
   register_scheduler(m);
 }

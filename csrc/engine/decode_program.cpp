@@ -350,7 +350,7 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
   const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
   const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
-  Forward forward(spec_, *weights_, arena, prefill_rows + batch, logit_rows);
+  Forward forward(spec_, *weights_, gate_.get(), arena, prefill_rows + batch, logit_rows);
   const PoolRegion threads;
   GenerateResult result = Rollout(request, queue, scheduler, forward).run(between_passes);
   result.counters.block_bytes = KvArena::block_bytes(arena.layout(), spec_.num_layers);

@@ -12,6 +12,7 @@
 #include "engine/kv_blocks.h"
 #include "engine/scheduler.h"
 #include "engine/spec.h"
+#include "engine/weight_gate.h"
 #include "engine/weights.h"
 #include "sampling/sampling.h"
 
@@ -78,8 +79,15 @@ class DecodeProgram {
  public:
   explicit DecodeProgram(DecoderSpec spec) : spec_(std::move(spec)) { spec_.validate(); }
 
-  void bind(ModelWeights weights) { weights_ = std::move(weights); }
-  void unbind() { weights_.reset(); }
+  // With a gate the weights need not be there yet; generate() waits at it for each part.
+  void bind(ModelWeights weights, std::shared_ptr<WeightGate> gate) {
+    weights_ = std::move(weights);
+    gate_ = std::move(gate);
+  }
+  void unbind() {
+    weights_.reset();
+    gate_.reset();
+  }
   void release_cache() { arena_.reset(); }
   const DecoderSpec& spec() const { return spec_; }
 
@@ -96,6 +104,7 @@ class DecodeProgram {
 
   DecoderSpec spec_;
   std::optional<ModelWeights> weights_;
+  std::shared_ptr<WeightGate> gate_;
   std::unique_ptr<KvArena> arena_;
 };
 

@@ -4,7 +4,7 @@
 
 namespace hybrid {
 
-// Adds DecodeProgram, and the block pool and scheduler under it (for tests), to the Python module.
+// Adds DecodeProgram, the gate that it waits at, and the block pool and scheduler under it (for tests), to the Python module.
 void register_engine(pybind11::module_& m);
 
 }  // namespace hybrid

@@ -26,10 +26,11 @@ void Pass::add(const int64_t* ids, int64_t start, int64_t rows, const std::vecto
   for (int64_t row = this->rows() - logits; row < this->rows(); ++row) logit_rows.push_back(row);
 }
 
-Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
-                 int64_t max_logit_rows)
+Forward::Forward(const DecoderSpec& spec, const ModelWeights& weights, WeightGate* gate, KvArena& cache,
+                 int64_t max_rows, int64_t max_logit_rows)
     : spec_(spec),
       weights_(weights),
+      gate_(gate),
       cache_(cache),
       hidden_(max_rows * spec.hidden_size),
       delta_(max_rows * spec.hidden_size),
@@ -54,8 +55,10 @@ int64_t Forward::scratch_bytes() const {
 
 void Forward::run(const Pass& pass) {
   find_slots(pass);
+  await(0);
   embed(pass);
   for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
+    await(layer + 1);
     if (spec_.post_norm) {
       block_post_norm(pass, layer);
     } else {
@@ -63,6 +66,10 @@ void Forward::run(const Pass& pass) {
     }
   }
   gather(pass.logit_rows);
+}
+
+void Forward::await(int64_t part) {
+  if (gate_ != nullptr) gate_->wait(part);
 }
 
 void Forward::find_slots(const Pass& pass) {
@@ -223,6 +230,7 @@ void Forward::gather(const std::vector<int64_t>& logit_rows) {
 
 // What the head reads of `count` logit rows: [count, embed_dim].
 const float* Forward::finish(int64_t first, int64_t count) {
+  await(spec_.num_layers + 1);
   const int64_t width = spec_.hidden_size;
   float *hidden = hidden_.data() + first * width, *delta = delta_.data() + first * width;
   const float* last = hidden;

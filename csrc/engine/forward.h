@@ -9,6 +9,7 @@
 #include "engine/buffer.h"
 #include "engine/kv_blocks.h"
 #include "engine/spec.h"
+#include "engine/weight_gate.h"
 #include "engine/weights.h"
 #include "sampling/head.h"
 
@@ -34,8 +35,8 @@ struct Pass {
 
 class Forward {
  public:
-  // `spec`, `weights` and `cache` must outlive this object.
-  Forward(const DecoderSpec& spec, const ModelWeights& weights, KvArena& cache, int64_t max_rows,
+  // `spec`, `weights`, `cache` and `gate` must outlive this object. No gate: the weights are all there.
+  Forward(const DecoderSpec& spec, const ModelWeights& weights, WeightGate* gate, KvArena& cache, int64_t max_rows,
           int64_t max_logit_rows);
 
   // Appends the rows to the cache, and keeps the hidden states of the pass's logit rows for draw().
@@ -48,6 +49,7 @@ class Forward {
   int64_t scratch_bytes() const;  // without what counts as kernel memory
 
  private:
+  void await(int64_t part);
   void find_slots(const Pass& pass);
   void embed(const Pass& pass);
   void block_pre_norm(const Pass& pass, int64_t layer);
@@ -65,6 +67,7 @@ class Forward {
 
   const DecoderSpec& spec_;
   const ModelWeights& weights_;
+  WeightGate* gate_;
   KvArena& cache_;
   std::vector<int64_t> slots_;  // where each row's key and value go, in any layer
   // [max_rows, ...]. hidden_ is the residual stream, delta_ what the last attention or MLP adds to it (not yet added).
