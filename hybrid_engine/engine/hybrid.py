@@ -13,6 +13,7 @@ from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank
 from hybrid_engine.engine.end_tokens import end_token_ids
 from hybrid_engine.engine.foreign_generate import foreign_generate
+from hybrid_engine.engine.gather import GatherCounters, GatheredWeights
 from hybrid_engine.engine.partial import keep_finished
 from hybrid_engine.engine.program import NativeGenerator
 from hybrid_engine.engine.reference_generate import reference_generate
@@ -21,12 +22,12 @@ from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.engine.score import score_responses
 from hybrid_engine.engine.train_engine import TrainEngine
+from hybrid_engine.engine.weights import OwnWeights, weights_of
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import (
     CausalLM,
     ForeignCausalLM,
     LoRAConfig,
-    adapters_merged,
     load_causal_lm,
     load_tokenizer,
     save_adapter,
@@ -74,7 +75,9 @@ class HybridEngine:
         self.merge_adapters = merge_adapters
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self._phase: str | None = None
-        self._native: NativeGenerator | None = None  # at the first rollout: it may compile
+        # Both at the first rollout: they may compile.
+        self._weights: OwnWeights | GatheredWeights | None = None
+        self._native: NativeGenerator | None = None
 
     @classmethod
     def from_pretrained(
@@ -106,20 +109,29 @@ class HybridEngine:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Rollouts happen inside. Under ZeRO-3 the parameters are whole from beginning to end.
+        """Rollouts happen inside. Under ZeRO-3 every rank must enter, with or without prompts.
 
-        They are gathered once, here; generating needs no message between ranks, so ranks may
-        generate unequally much and long.
+        Its weights are gathered once a phase, while the first rollout prefills: see
+        `engine.gather`. Generating itself needs no message between ranks, so ranks may generate
+        unequally much and long.
         """
-        with self._enter("generation"):
-            whole = self.train_engine.full_parameters() if self.train_engine else nullcontext()
-            merged = adapters_merged(self.model) if self.merge_adapters else nullcontext()
-            with whole, merged:
-                try:
-                    yield
-                finally:
-                    if self._native is not None:
-                        self._native.release()
+        with self._enter("generation"), self._weights_source().whole():
+            try:
+                yield
+            finally:
+                if self._native is not None:
+                    self._native.release()
+
+    @property
+    def gathered(self) -> GatherCounters | None:
+        """What the last generation phase gathered; None where it had nothing to gather."""
+        weights = self._weights
+        return weights.counters if isinstance(weights, GatheredWeights) else None
+
+    def _weights_source(self) -> OwnWeights | GatheredWeights:
+        if self._weights is None:
+            self._weights = weights_of(self.model, self.train_engine, self.merge_adapters)
+        return self._weights
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -214,7 +226,7 @@ class HybridEngine:
     def _sample(self, request: Request) -> dict[str, Any]:
         if isinstance(self.model, CausalLM) and native_available():
             if self._native is None:
-                self._native = NativeGenerator(self.model)
+                self._native = NativeGenerator(self.model, self._weights_source())
             return self._native.generate(request)
         if self._zero_stage() == 3:
             raise UserError(

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_engine.engine.gather import GatheredWeights
 from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.rollout import TOKEN_COLUMNS
 from hybrid_engine.engine.sampling import SamplingParams
+from hybrid_engine.engine.weights import OwnWeights
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
 from hybrid_engine.models.decoder import alibi_slopes
@@ -18,19 +20,24 @@ from hybrid_kernels import native_module
 
 
 class ProgramBuilder:
-    """Describes a `CausalLM` to the C++ side: spec, parameters by name, adapter scales."""
+    """Describes a `CausalLM` to the C++ side: spec, parameters by name, adapter scales.
 
-    def __init__(self, model: CausalLM) -> None:
+    Args:
+        weights: where its parameters are to be read; by default the module itself.
+    """
+
+    def __init__(
+        self, model: CausalLM, weights: OwnWeights | GatheredWeights | None = None
+    ) -> None:
         self.model = model
+        self.weights = weights or OwnWeights(model)
 
     def spec(self) -> dict[str, Any]:
         return self.model.spec.as_dict()
 
     def tensors(self, longest: int) -> dict[str, Tensor]:
-        """The module's own parameters, without adapters that are switched off, and the position
-        tables for ``longest`` tokens.
-
-        Take them anew for every rollout: DeepSpeed re-points parameters into its own buffers.
+        """The parameters, without adapters that are switched off, and the position tables for
+        ``longest`` tokens.
 
         Raises:
             UserError: parameters that the CPU kernels cannot read.
@@ -43,9 +50,7 @@ class ProgramBuilder:
             for part in ("lora_a", "lora_b")
         }
         tensors = {
-            name: p.detach()
-            for name, p in self.model.named_parameters(remove_duplicate=False)
-            if name not in idle
+            name: tensor for name, tensor in self.weights.tensors().items() if name not in idle
         }
         for name, tensor in tensors.items():
             _check_readable(name, tensor)
@@ -66,14 +71,14 @@ class ProgramBuilder:
 
     def bind(self, program: Any, longest: int) -> None:
         """Point the program at the parameters as they lie now."""
-        program.bind(self.tensors(longest), self.lora_scales())
+        program.bind(self.tensors(longest), self.lora_scales(), self.weights.gate)
 
 
 class NativeGenerator:
-    """Runs the C++ program on a module's own parameters."""
+    """Runs the C++ program on a module's parameters."""
 
-    def __init__(self, model: CausalLM) -> None:
-        self.builder = ProgramBuilder(model)
+    def __init__(self, model: CausalLM, weights: OwnWeights | GatheredWeights) -> None:
+        self.builder = ProgramBuilder(model, weights)
         self.program = self.builder.build()
 
     def generate(self, request: Request) -> dict[str, Any]:
@@ -110,7 +115,7 @@ class NativeGenerator:
             raise UserError(str(error)) from error
 
     def release(self) -> None:
-        """Lets go of the parameters, which would otherwise stay gathered, and of the cache."""
+        """Lets go of the parameters, whose memory may be given back, and of the cache."""
         self.program.unbind()
         self.program.release_cache()
 

@@ -77,11 +77,22 @@ _LLAMA3 = _rope(
     original_max_position_embeddings=16,
 )
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16)
+# No size divides by four, OPT's and GPT-2's not by two either.
+_UNEVEN_LLAMA = {"hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3}
+_UNEVEN_OPT = {
+    "hidden_size": 45,
+    "word_embed_proj_dim": 45,
+    "ffn_dim": 71,
+    "num_attention_heads": 9,
+}
+_DEEP = {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512}
 _350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 32}
 
 LAYOUTS: dict[str, Layout] = {
     "llama": Layout(LlamaConfig),
     "llama-tied": Layout(LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-uneven": Layout(LlamaConfig, {**_UNEVEN_LLAMA, "tie_word_embeddings": True}),
+    "llama-deep": Layout(LlamaConfig, _DEEP),
     "llama-biases": Layout(LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
     "llama-mha-head-dim": Layout(LlamaConfig, {"num_key_value_heads": 6, "head_dim": 12}),
     "llama-gelu": Layout(LlamaConfig, {"hidden_act": "gelu_pytorch_tanh"}),
@@ -101,7 +112,9 @@ LAYOUTS: dict[str, Layout] = {
     "opt-no-final-norm": Layout(OPTConfig, {"_remove_final_layer_norm": True}),
     "opt-no-bias-gelu": Layout(OPTConfig, {"enable_bias": False, "activation_function": "gelu"}),
     "opt-untied": Layout(OPTConfig, {"tie_word_embeddings": False}),
+    "opt-uneven": Layout(OPTConfig, _UNEVEN_OPT),
     "gpt2": Layout(GPT2Config),
+    "gpt2-uneven": Layout(GPT2Config, {"n_embd": 45, "n_head": 9, "n_inner": 71}),
     "gpt2-inner-unscaled": Layout(
         GPT2Config, {"n_inner": 56, "scale_attn_weights": False, "activation_function": "gelu"}
     ),

@@ -1,0 +1,181 @@
+"""ZeRO-3 shards made whole for generation: once a rollout, layer by layer, while it prefills.
+
+`generation()` starts a thread on every rank that runs one all-gather a layer, in the order of the
+forward pass, and lays the parameters into an arena. The decode program, bound to the arena, waits
+at a gate for each layer of its first pass, so the first prefill and the gather overlap. Afterwards
+everything is there, and generating sends nothing: ranks may generate as much or as little as they
+like, or not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid_engine.distributed.collectives import barrier, enter_phase, world_size
+from hybrid_engine.distributed.process_group import initialise
+from hybrid_engine.engine.arena import Arena
+from hybrid_engine.engine.gather_plan import GatherPlan, Part, plan_gather
+from hybrid_engine.models import CausalLM
+from hybrid_kernels import native_module, ops
+
+_PHASE = "gathering the weights for generation"
+
+
+@dataclass(frozen=True)
+class GatherCounters:
+    """Of one generation phase, on this rank.
+
+    Attributes:
+        collectives: all-gathers.
+        received_bytes: from other ranks: (ranks - 1) times the sum over parameters of
+            ceil(elements / ranks) * bytes an element.
+        arena_bytes: gathered weights, held during the phase.
+        staging_bytes: beside them while gathering.
+        seconds: from the beginning until the last layer was there.
+        waited_seconds: of that, how long the forward pass stood still.
+    """
+
+    collectives: int = 0
+    received_bytes: int = 0
+    arena_bytes: int = 0
+    staging_bytes: int = 0
+    seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class Staging:
+    """What a collective works on: this rank's shard of a part, and every rank's, twice over.
+
+    Two parts are in it at a time: one is on its way while the one before is laid into the arena.
+    """
+
+    def __init__(self, plan: GatherPlan, ranks: int) -> None:
+        self.ranks = ranks
+        self._widest = max(part.shard_size for part in plan.parts)
+        self.arena = Arena(2 * (1 + ranks) * self._widest)
+
+    def buffers(self, number: int, part: Part) -> tuple[Tensor, Tensor]:
+        """(own [S], all [ranks * S]) bytes of part 0, 1, ..., of which S are on each rank."""
+        half = self.arena.storage.chunk(2)[number % 2]
+        own, everyone = half[: self._widest], half[self._widest :]
+        return own[: part.shard_size], everyone[: self.ranks * part.shard_size]
+
+
+class GatheredWeights:
+    """The whole parameters of a module that ZeRO-3 keeps in shards, at fixed addresses.
+
+    Making one is a collective, as is every phase. The module's own parameters are left alone:
+    training finds them as it left them.
+
+    Args:
+        model: already partitioned by DeepSpeed.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self._plan = plan_gather(model, world_size())
+        self._weights = Arena(self._plan.size)
+        self._staging = Staging(self._plan, world_size())
+        # A group of its own: its collectives are ordered among themselves, whatever the main
+        # thread sends meanwhile.
+        self._group = dist.new_group(backend="gloo", timeout=initialise().timeout)
+        self.gate = native_module().WeightGate()
+        self._failure = ""
+        self.counters = GatherCounters()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter by name, as views of the arena: filled once :attr:`gate` opens.
+
+        Except that the program reads small bfloat16 parameters when it is bound, so where there
+        are any everything is waited for here.
+        """
+        storage = self._weights.storage
+        tensors = {name: piece.view(storage) for name, piece in self._plan.names.items()}
+        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+            self._thread.join()
+            self._raise_failure()
+        return tensors
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The weights are there inside, or on their way; every rank must enter.
+
+        Raises:
+            RankTimeout: a rank did not come.
+            RuntimeError: a rank was lost on the way.
+        """
+        barrier(_PHASE)
+        enter_phase("generating")
+        self._failure = ""
+        self._thread = threading.Thread(target=self._gather, name="gather-weights", daemon=True)
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._thread.join()
+            self.counters = replace(self.counters, waited_seconds=self.gate.waited_seconds)
+            self.gate.close()
+            self._weights.release()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise RuntimeError(self._failure)
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        start = time.perf_counter()
+        self.counters = GatherCounters(
+            arena_bytes=self._weights.nbytes, staging_bytes=self._staging.arena.nbytes
+        )
+        try:
+            self._gather_parts()
+        except Exception as error:  # the main thread raises it, which waits at the gate or joins
+            self._failure = f"{_PHASE}: {error}; look at the other ranks' output for the cause"
+            self.gate.fail(self._failure)
+        finally:
+            self._staging.arena.release()
+        self.counters = replace(self.counters, seconds=time.perf_counter() - start)
+
+    def _gather_parts(self) -> None:
+        """While a part is laid into the arena, the next one is on its way."""
+        coming = self._send(0)
+        for number in range(len(self._plan.parts)):
+            arriving, coming = coming, self._send(number + 1)
+            if arriving is not None:
+                arriving.wait()
+                self._lay_out(number)
+            self.gate.open(number)
+
+    def _send(self, number: int) -> dist.Work | None:
+        """Begin the collective of a part, if there is one and it has parameters."""
+        if number == len(self._plan.parts) or not self._plan.parts[number].pieces:
+            return None
+        part = self._plan.parts[number]
+        own, everyone = self._staging.buffers(number, part)
+        torch.cat([piece.shard() for piece in part.pieces], out=own)
+        work = dist.all_gather_into_tensor(everyone, own, group=self._group, async_op=True)
+        self.counters = replace(
+            self.counters,
+            collectives=self.counters.collectives + 1,
+            received_bytes=self.counters.received_bytes + everyone.nbytes - own.nbytes,
+        )
+        return work
+
+    def _lay_out(self, number: int) -> None:
+        part = self._plan.parts[number]
+        own, everyone = self._staging.buffers(number, part)
+        ops.unshard_(
+            self._weights.storage,
+            everyone.view(-1, own.numel()),
+            [piece.part for piece in part.pieces],
+            [piece.size for piece in part.pieces],
+            [piece.offset for piece in part.pieces],
+        )

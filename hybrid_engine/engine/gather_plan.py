@@ -1,0 +1,124 @@
+"""Where every parameter lies: in the ranks' shards, and in the arena that it is gathered into.
+
+Parameters travel as bytes, so float32 and bfloat16 share a collective.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_engine.errors import UserError
+from hybrid_engine.models import CausalLM
+
+_BLOCK = re.compile(r"decoder\.blocks\.(\d+)\.")
+_BEFORE_BLOCKS = ("decoder.embed_tokens.", "decoder.embed_positions.", "decoder.project_in.")
+_ALIGNMENT = 64  # bytes: parameters begin at a cache line
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One parameter.
+
+    Attributes:
+        part: bytes of the flattened parameter on each rank; the last ranks' end in padding.
+        offset: its first byte in the arena.
+    """
+
+    parameter: Any
+    part: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.parameter.ds_numel * self.parameter.dtype.itemsize
+
+    def shard(self) -> Tensor:
+        """The bytes of this rank's part, where DeepSpeed has it now."""
+        return self.parameter.ds_tensor.view(torch.uint8)
+
+    def view(self, arena: Tensor) -> Tensor:
+        """The whole parameter in the arena."""
+        flat = arena[self.offset : self.offset + self.size].view(self.parameter.dtype)
+        return flat.view(self.parameter.ds_shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one collective brings: the parameters before, of, or behind the blocks."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def shard_size(self) -> int:
+        """Bytes on each rank."""
+        return sum(piece.part for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """The parts in the order in which a forward pass needs them.
+
+    Attributes:
+        names: every parameter name with its piece; tied parameters share theirs.
+        size: bytes of the arena.
+    """
+
+    parts: tuple[Part, ...]
+    names: dict[str, Piece]
+    size: int
+
+
+def plan_gather(model: CausalLM, world_size: int) -> GatherPlan:
+    """One part for the embedding, one a block, one for what follows.
+
+    Args:
+        model: partitioned by DeepSpeed's ZeRO-3 over ``world_size`` ranks.
+
+    Raises:
+        UserError: shards that cannot be read.
+    """
+    parts: list[list[Piece]] = [[] for _ in range(model.spec.num_layers + 2)]
+    pieces: dict[Any, Piece] = {}
+    end = 0
+    for name, parameter in model.named_parameters():
+        shard = shard_of(name, parameter, world_size)
+        piece = Piece(parameter, shard.nbytes, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        end = piece.offset + piece.size
+        pieces[parameter] = piece
+        parts[_part_of(name, model.spec.num_layers)].append(piece)
+    every_name = model.named_parameters(remove_duplicate=False)
+    names = {name: pieces[parameter] for name, parameter in every_name}
+    return GatherPlan(tuple(Part(tuple(part)) for part in parts), names, end)
+
+
+def _part_of(name: str, num_layers: int) -> int:
+    """Numbers as in csrc/engine/weight_gate.h."""
+    if name.startswith(_BEFORE_BLOCKS):
+        return 0
+    block = _BLOCK.match(name)
+    return int(block[1]) + 1 if block else num_layers + 1
+
+
+def shard_of(name: str, parameter: Any, world_size: int) -> Tensor:
+    """This rank's part of a parameter that ZeRO-3 has cut over ``world_size`` ranks, flat.
+
+    Raises:
+        UserError: it is stored in another way than plainly, in CPU memory.
+    """
+    shard, expected = parameter.ds_tensor, -(-parameter.ds_numel // world_size)
+    plain = shard.dtype == parameter.dtype and shard.device.type == "cpu"
+    if not plain or shard.numel() != expected:
+        found = f"{shard.numel()} x {str(shard.dtype).removeprefix('torch.')}"
+        wanted = f"{expected} x {str(parameter.dtype).removeprefix('torch.')}"
+        raise UserError(
+            f"generation under ZeRO-3 reads plain shards in CPU memory, but that of {name} is "
+            f"{found} on {shard.device.type} where {wanted} are expected; leave quantized weights, "
+            "MiCS and NVMe offload out of the DeepSpeed configuration"
+        )
+    return shard

@@ -1,0 +1,75 @@
+"""Where generation reads a module's parameters: in place, in place with adapters merged, or
+gathered.
+
+All three have ``whole()``, inside which rollouts happen, ``tensors()``, and a ``gate`` where the
+program waits for what is still on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from hybrid_engine.distributed.collectives import world_size
+from hybrid_engine.engine.gather import GatheredWeights
+from hybrid_engine.engine.gather_plan import shard_of
+from hybrid_engine.engine.train_engine import TrainEngine
+from hybrid_engine.models import CausalLM, ForeignCausalLM, adapters_merged
+from hybrid_kernels import native_available
+
+Model = CausalLM | ForeignCausalLM
+
+
+class OwnWeights:
+    """A module's parameters where they lie: nothing is gathered, nothing is waited for."""
+
+    gate = None
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Take them anew for every rollout: DeepSpeed re-points parameters into its own buffers."""
+        parameters: Iterable[tuple[str, Any]] = self._model.named_parameters(remove_duplicate=False)
+        return {name: self._storage(name, parameter) for name, parameter in parameters}
+
+    def _storage(self, name: str, parameter: Any) -> Tensor:
+        """Under ZeRO-3 a parameter may be away; a single rank's shard of it is all of it."""
+        if not hasattr(parameter, "ds_tensor"):
+            return parameter.detach()
+        return shard_of(name, parameter, 1).view(parameter.ds_shape)
+
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class MergedWeights(OwnWeights):
+    """A module's parameters with its adapters merged into them, which DeepSpeed gathers first."""
+
+    def __init__(self, model: Model, train_engine: TrainEngine | None) -> None:
+        super().__init__(model)
+        self._train_engine = train_engine
+
+    def _storage(self, name: str, parameter: Any) -> Tensor:
+        return parameter.detach()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        engine = self._train_engine
+        with engine.full_parameters() if engine else nullcontext(), adapters_merged(self._model):
+            yield
+
+
+def weights_of(
+    model: Model, train_engine: TrainEngine | None, merge_adapters: bool
+) -> OwnWeights | GatheredWeights:
+    """What serves a model in its ZeRO stage; under stage 3 every rank must call this."""
+    if merge_adapters:
+        return MergedWeights(model, train_engine)
+    in_shards = train_engine is not None and train_engine.zero_stage == 3 and world_size() > 1
+    if in_shards and isinstance(model, CausalLM) and native_available():
+        return GatheredWeights(model)
+    return OwnWeights(model)
