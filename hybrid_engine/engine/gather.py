@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from hybrid_engine.models import CausalLM
 from hybrid_kernels import native_module, ops
 
 _PHASE = "gathering the weights for generation"
+_AHEAD = 4  # parts on their way at a time
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,24 @@ class GatherCounters:
 
 
 class Staging:
-    """What a collective works on: this rank's shard of a part, and every rank's, twice over.
+    """What collectives work on: this rank's shard of a part, and every rank's; `_AHEAD` times over.
 
-    Two parts are in it at a time: one is on its way while the one before is laid into the arena.
+    So many parts are on their way at a time, because a message's way through the threads of Gloo
+    takes milliseconds where all cores compute. Slot s serves parts s, s + _AHEAD, ...
     """
 
     def __init__(self, plan: GatherPlan, ranks: int) -> None:
         self.ranks = ranks
-        self._widest = max(part.shard_size for part in plan.parts)
-        self.arena = Arena(2 * (1 + ranks) * self._widest)
+        slots = [plan.parts[first::_AHEAD] for first in range(_AHEAD)]
+        self._widest = [max((part.shard_size for part in slot), default=0) for slot in slots]
+        self.arena = Arena((1 + ranks) * sum(self._widest))
 
     def buffers(self, number: int, part: Part) -> tuple[Tensor, Tensor]:
         """(own [S], all [ranks * S]) bytes of part 0, 1, ..., of which S are on each rank."""
-        half = self.arena.storage.chunk(2)[number % 2]
-        own, everyone = half[: self._widest], half[self._widest :]
-        return own[: part.shard_size], everyone[: self.ranks * part.shard_size]
+        slot = number % _AHEAD
+        start = (1 + self.ranks) * sum(self._widest[:slot])
+        both = self.arena.storage[start : start + (1 + self.ranks) * part.shard_size]
+        return both[: part.shard_size], both[part.shard_size :]
 
 
 class GatheredWeights:
@@ -145,18 +150,18 @@ class GatheredWeights:
         self.counters = replace(self.counters, seconds=time.perf_counter() - start)
 
     def _gather_parts(self) -> None:
-        """While a part is laid into the arena, the next one is on its way."""
-        coming = self._send(0)
+        coming = deque(self._send(number) for number in range(_AHEAD))
         for number in range(len(self._plan.parts)):
-            arriving, coming = coming, self._send(number + 1)
+            arriving = coming.popleft()
             if arriving is not None:
                 arriving.wait()
                 self._lay_out(number)
             self.gate.open(number)
+            coming.append(self._send(number + _AHEAD))
 
     def _send(self, number: int) -> dist.Work | None:
         """Begin the collective of a part, if there is one and it has parameters."""
-        if number == len(self._plan.parts) or not self._plan.parts[number].pieces:
+        if number >= len(self._plan.parts) or not self._plan.parts[number].pieces:
             return None
         part = self._plan.parts[number]
         own, everyone = self._staging.buffers(number, part)

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from benchmarks.slow_link import slow_all_gathers
 from hybrid_engine.distributed import process_group
 from hybrid_engine.distributed.collectives import all_reduce_max, rank
 from hybrid_engine.engine import HybridEngine, SamplingParams
 from tests.distributed.ranks import results_of
-from tests.distributed.test_gather import make_engine, train_step
+from tests.distributed.test_gather import Case, make_engine, train_step
 from tests.models.peers import VOCAB, save_causal
 
 pytestmark = pytest.mark.multi_process
 
-ROUNDS, SCORED_EVERY = 200, 10
+ROUNDS, FEW_ROUNDS, SCORED_EVERY = 200, 20, 10
 ALL_TOKENS = tuple(range(VOCAB))
 
 
@@ -40,12 +41,20 @@ def one_round(engine: HybridEngine, draw: random.Random) -> Any:
     return rollout
 
 
-def fuzz(directory: str) -> int:
+def few_rounds(directory: str) -> int:
+    return fuzz(directory, FEW_ROUNDS)
+
+
+def all_rounds(directory: str) -> int:
+    return fuzz(directory, ROUNDS)
+
+
+def fuzz(directory: str, rounds: int) -> int:
     """Every rank draws its own rounds; weights change between them. Returns what was compared."""
-    engine = make_engine(directory, "llama-uneven", 3)
+    engine = make_engine(directory, Case("llama-uneven"), 3)
     draw = random.Random(rank())
     compared = 0
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, rounds + 1):
         rollout = one_round(engine, draw)
         if number % SCORED_EVERY:
             continue
@@ -59,10 +68,17 @@ def fuzz(directory: str) -> int:
     return compared
 
 
+@pytest.mark.slow
 def test_random_ragged_rounds(tmp_path: Path) -> None:
     save_causal("llama-uneven", tmp_path / "llama-uneven")
-    compared = results_of(f"{__name__}:fuzz", 3, tmp_path)
+    compared = results_of(f"{__name__}:all_rounds", 3, tmp_path)
     assert min(compared) > 10
+
+
+def test_a_few_ragged_rounds(tmp_path: Path) -> None:
+    save_causal("llama-uneven", tmp_path / "llama-uneven")
+    compared = results_of(f"{__name__}:few_rounds", 2, tmp_path)
+    assert sum(compared) > 0
 
 
 def with_timeout(seconds: float) -> None:
@@ -73,7 +89,7 @@ def with_timeout(seconds: float) -> None:
 def lost_ranks(directory: str) -> dict[str, str]:
     """Rank 1 breaks down in the middle of a gather; later it does not come at all."""
     with_timeout(2)
-    engine = make_engine(directory, "llama-uneven", 3)
+    engine = make_engine(directory, Case("llama-uneven"), 3)
     engine.generate([[1, 2]])
     found = {}
     real, calls = dist.all_gather_into_tensor, []
@@ -108,39 +124,17 @@ def test_lost_ranks_are_noticed(tmp_path: Path) -> None:
     assert "'gathering the weights for generation' for rank 1 (last seen at " in first["missing"]
 
 
-class SlowLink:
-    """Wraps the all-gather: each takes at least so many seconds on a link that does one a time."""
-
-    def __init__(self) -> None:
-        self.seconds, self.free_at = 0.0, 0.0
-        self._send = dist.all_gather_into_tensor
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        work = self._send(*arguments, **options)
-        self.free_at = max(self.free_at, time.perf_counter()) + self.seconds
-        return _Delayed(work, self.free_at)
-
-
-@dataclasses.dataclass
-class _Delayed:
-    work: dist.Work
-    arrival: float
-
-    def wait(self) -> None:
-        self.work.wait()
-        time.sleep(max(0.0, self.arrival - time.perf_counter()))
-
-
 def overlapped(directory: str) -> dict[str, float]:
     """One rollout over a link that takes twice as long as the prefill does."""
-    link = dist.all_gather_into_tensor = SlowLink()
-    engine = make_engine(directory, "llama-deep", 3)
+    engine = make_engine(directory, Case("llama-deep"), 3)
     prompts = [[i + 1] * 40 for i in range(12)]
+    delay = 0.0
     for _ in range(3):  # the first one also touches all memory for the first time
-        rollout = engine.generate(prompts, SamplingParams(max_new_tokens=1))
+        with slow_all_gathers(delay):
+            rollout = engine.generate(prompts, SamplingParams(max_new_tokens=1))
         counters = engine.gathered
         computing = rollout.counters["prefill_seconds"] - counters.waited_seconds
-        link.seconds = 2 * all_reduce_max(computing) / counters.collectives
+        delay = 2 * all_reduce_max(computing) / counters.collectives
     return {"computing": computing, "hidden": counters.seconds - counters.waited_seconds}
 
 
