@@ -19,7 +19,7 @@ from benchmarks.models import Cost, smollm2
 
 RANKS, PROMPT, NEW = 2, 32, 32
 LONG_PROMPT = 128
-LINK_SECONDS = (0.5, 1.0, 2.0)  # of the slowed link, in prefills
+LINK_PREFILLS = (0.5, 1.0, 2.0)  # of the slowed link, in prefills
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def bench_generate_zero3(benchmark: Any, crew: Crew) -> None:
     contest(benchmark, contender(crew, "ours", stage=3), rivals, info=info, rounds=2)
 
 
-@pytest.mark.parametrize("prefills", LINK_SECONDS)
+@pytest.mark.parametrize("prefills", LINK_PREFILLS)
 def bench_gather_overlap(benchmark: Any, crew: Crew, prefills: float) -> None:
     """A link so slow that the gather alone takes about so many prefills, each collective equally
     long: prefilling while gathering should take the longer of the two, not their sum.

@@ -1,5 +1,5 @@
-"""transformers' `generate` as DeepSpeed-Chat calls it: every forward pass of every rank gathers each
-module's parameters through DeepSpeed's ZeRO-3 hooks and lets go of them again.
+"""transformers' `generate` under DeepSpeed's ZeRO-3 hooks, as DeepSpeed-Chat calls it: every
+forward pass gathers each module's parameters and lets go of them again.
 """
 
 from __future__ import annotations

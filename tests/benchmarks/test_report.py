@@ -114,6 +114,19 @@ def test_iterations(tmp_path: Path) -> None:
     assert row_of(text, "TRL 1.12.0")[2:] == ["40", "8", "12", "40", "32.0", "2.00x", "25 %"]
 
 
+def test_gather_overlap(tmp_path: Path) -> None:
+    info = {
+        "kind": "overlap",
+        "link_seconds": 1.5,
+        "seconds": {"gather": 2.0, "prefill": 1.0, "together": 2.2},
+        "maximum": 2.0,
+        "sum": 3.0,
+        "over_maximum": 1.1,
+    }
+    text = written(tmp_path, results(benchmark("bench_gather_overlap[1.0]", 2.2, info)))
+    assert row_of(text, "1.5") == ["1.5", "2", "1", "2", "3", "2.2", "1.10x"]
+
+
 def test_kernels_are_compared_with_baseline_or_with_torchs_benchmark(
     tmp_path: Path,
 ) -> None:
