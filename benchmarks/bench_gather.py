@@ -18,7 +18,7 @@ from benchmarks.gather_tasks import PROMPTS
 from benchmarks.models import Cost, smollm2
 
 RANKS, PROMPT, NEW = 2, 32, 32
-LONG_PROMPT = 128
+FULL_PASS = 64  # tokens a prompt: a prefill of 512 rows, all in the pass that meets the gate
 LINK_PREFILLS = (0.5, 1.0, 2.0)  # of the slowed link, in prefills
 
 
@@ -63,11 +63,11 @@ def bench_gather_overlap(benchmark: Any, crew: Crew, prefills: float) -> None:
     """A link so slow that the gather alone takes about so many prefills, each collective equally
     long: prefilling while gathering should take the longer of the two, not their sum.
     """
-    plain = crew("overlap", length=LONG_PROMPT, seconds=0.0)[0]
+    plain = crew("overlap", length=FULL_PASS, seconds=0.0)[0]
     delay = max(0.0, prefills * plain["prefill"] / plain["collectives"])
     rounds: list[dict[str, float]] = []
     benchmark.pedantic(
-        lambda: rounds.append(crew("overlap", length=LONG_PROMPT, seconds=delay)[0]),
+        lambda: rounds.append(crew("overlap", length=FULL_PASS, seconds=delay)[0]),
         rounds=rounds_of(2),
     )
     medians = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
