@@ -48,6 +48,18 @@ int64_t units_per_task(int64_t units, int64_t work_per_unit) {
   return larger(1, smaller(worthwhile, shareable));
 }
 
+// Calls body(i, next) for each of `units` pieces of the weight, shared out in tasks. `next` is the piece that the same thread
+// is likely to get after i: tasks are handed out in order, so of equally fast threads each gets every threads-th. It may lie
+// beyond the last.
+template <typename Body>
+void for_each_unit(int64_t units, int64_t work_per_unit, const Body& body) {
+  const int64_t share = units_per_task(units, work_per_unit), threads = thread_count();
+  parallel_for(ceil_div(units, share), [&](int64_t task) {
+    const int64_t end = smaller(units, (task + 1) * share);
+    for (int64_t i = task * share; i < end; ++i) body(i, i + 1 < end ? i + 1 : (task + threads) * share);
+  });
+}
+
 // rows of w at most `depth` deep as floats, with rows of zeros up to padded_rows; out's stride is kChain.
 template <typename Element>
 void pad_rows(const Element* w, int64_t stride, int64_t rows, int64_t padded_rows, int64_t depth, float* out) {
@@ -57,11 +69,12 @@ void pad_rows(const Element* w, int64_t stride, int64_t rows, int64_t padded_row
 }
 
 // kStrips strips of Vec::width weight rows, from `col` on, against all rows of x: at most kStripRows, or kTwinRows for two.
+// Meanwhile those from `next_col` on are fetched.
 template <int kStrips, typename Element>
-void strip(const LinearArgs& args, const Element* w, int64_t col) {
+void strip(const LinearArgs& args, const Element* w, int64_t col, int64_t next_col) {
   constexpr int64_t kCols = kStrips * Vec::width;
   const int64_t cols = smaller(kCols, args.N - col);
-  const Prefetch below(w + (col + kCols) * args.ldw, args.ldw, smaller(kCols, args.N - col - kCols));
+  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kCols, args.N - next_col));
   alignas(64) float sums[kStripRows * kCols];
   int64_t k = 0;
   do {
@@ -70,9 +83,9 @@ void strip(const LinearArgs& args, const Element* w, int64_t col) {
       const Factor x{args.x + k, args.ldx, 1};
       const Sums to{sums, kCols, k > 0};
       if constexpr (kStrips == 2) {
-        multiply_twin_strips(args.M, x, rows, stride, depth, below.from(k), to);
+        multiply_twin_strips(args.M, x, rows, stride, depth, next.from(k), to);
       } else {
-        multiply_strip(args.M, x, rows, stride, depth, below.from(k), to);
+        multiply_strip(args.M, x, rows, stride, depth, next.from(k), to);
       }
     };
     if (cols == kCols) {
@@ -91,11 +104,8 @@ template <int kStrips, typename Element>
 void strips(const LinearArgs& args, const Element* w) {
   constexpr int64_t kCols = kStrips * Vec::width;
   const int64_t count = ceil_div(args.N, kCols);
-  const int64_t share = units_per_task(count, kCols * args.K * (args.M + 8));  // 8: reading costs as 8 rows do
-  parallel_for(ceil_div(count, share), [&](int64_t task) {
-    const int64_t end = smaller(count, (task + 1) * share);
-    for (int64_t i = task * share; i < end; ++i) strip<kStrips>(args, w, i * kCols);
-  });
+  const int64_t work = kCols * args.K * (args.M + 8);  // 8: reading costs as 8 rows do
+  for_each_unit(count, work, [&](int64_t i, int64_t next) { strip<kStrips>(args, w, i * kCols, next * kCols); });
 }
 
 // sums [cols, lanes] of one panel of x to y[row .. row + rows, col .. col + cols).
@@ -133,11 +143,12 @@ Floats floats_of(const BFloat16* w, int64_t stride, int64_t rows, int64_t depth,
   return {buffer, kChain};
 }
 
-// One group of kGroupRows weight rows, from `col` on, against all rows of x, which wait in `panels` (lanes.h).
+// One group of kGroupRows weight rows, from `col` on, against all rows of x, which wait in `panels` (lanes.h). Meanwhile the
+// group from `next_col` on is fetched.
 template <typename Element>
-void lane_group(const LinearArgs& args, const Element* w, const float* panels, int64_t col) {
+void lane_group(const LinearArgs& args, const Element* w, const float* panels, int64_t col, int64_t next_col) {
   const int64_t cols = smaller(kGroupRows, args.N - col);
-  const Prefetch below(w + (col + kGroupRows) * args.ldw, args.ldw, smaller(kGroupRows, args.N - col - kGroupRows));
+  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kGroupRows, args.N - next_col));
   alignas(64) float sums[kGroupRows * kLanePathRows], buffer[kGroupRows * kChain];
   int64_t k = 0;
   do {
@@ -146,7 +157,7 @@ void lane_group(const LinearArgs& args, const Element* w, const float* panels, i
     for (int64_t row = 0; row < args.M; row += kPanelLanes) {
       const int64_t lanes = lanes_for(args.M - row);
       const float* panel = panels + row * padded_depth(args.K) + k * lanes;
-      multiply_lanes(cols, lanes, rows.base, rows.stride, panel, depth, row == 0 ? below.from(k) : Prefetch(),
+      multiply_lanes(cols, lanes, rows.base, rows.stride, panel, depth, row == 0 ? next.from(k) : Prefetch(),
                      {sums + row, kLanePathRows, k > 0});
     }
     k += kChain;
@@ -167,10 +178,8 @@ void lanes(const LinearArgs& args, const Element* w) {
                piece + 1 < pieces ? (piece + 1) * kPiece : args.K, panels + row * padded_depth(args.K));
   });
   const int64_t count = ceil_div(args.N, kGroupRows);
-  const int64_t share = units_per_task(count, kGroupRows * args.K * (args.M + 8));
-  parallel_for(ceil_div(count, share), [&](int64_t task) {
-    const int64_t end = smaller(count, (task + 1) * share);
-    for (int64_t i = task * share; i < end; ++i) lane_group(args, w, panels, i * kGroupRows);
+  for_each_unit(count, kGroupRows * args.K * (args.M + 8), [&](int64_t i, int64_t next) {
+    lane_group(args, w, panels, i * kGroupRows, next * kGroupRows);
   });
 }
 
