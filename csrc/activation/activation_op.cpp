@@ -3,32 +3,18 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <stdexcept>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
 #include "activation/activation.h"
+#include "activation/activation_checks.h"
 #include "common/dims.h"
 
 namespace hybrid {
 namespace {
 
 using at::Tensor;
-
-Activation checked_kind(const char* op, std::string_view name) {
-  try {
-    return parse_activation(name);
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, op, ": ", error.what());
-  }
-}
-
-// F of gate_up [..., 2F].
-int64_t half_width(const char* op, const Dims& dims) {
-  TORCH_CHECK_VALUE(dims["2F"] % 2 == 0, op, ": gate_up has ", dims["2F"], " columns; expected an even number");
-  return dims["2F"] / 2;
-}
 
 const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 

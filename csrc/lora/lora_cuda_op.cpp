@@ -3,11 +3,11 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/cuda_op.h"
 #include "common/dims.h"
+#include "lora/lora_checks.h"
 #include "lora/lora_cuda.h"
 
 namespace hybrid {
@@ -15,22 +15,17 @@ namespace {
 
 using at::Tensor;
 
-// Checked factors: lora_a and lora_b may be fp32 or the weight's dtype, and are computed with in fp32.
+// Checked factors.
 struct Factors {
   Tensor a, b;
   cuda::LoraParams params;
 
   Factors(const char* op, const Tensor& weight, const Tensor& a_, const Tensor& b_, double scale,
           at::IntArrayRef splits) {
-    TORCH_CHECK_VALUE(!splits.empty() && std::all_of(splits.begin(), splits.end(), [](int64_t s) { return s > 0; }), op,
-                      ": splits is ", splits, "; expected one positive width a split");
     TORCH_CHECK_VALUE(splits.size() <= cuda::kMaxLoraSplits, op, ": ", splits.size(), " splits; expected at most ",
                       cuda::kMaxLoraSplits);
     Dims dims(op, at::kCUDA);
-    dims.expect(weight, "weight", {"N", "K"}, weight.scalar_type())
-        .expect(b_, "lora_b", {"N", "R"}, factor_dtype(b_, weight))
-        .bind("S*R", static_cast<int64_t>(splits.size()) * dims["R"], "splits and lora_b")
-        .expect(a_, "lora_a", {"S*R", "K"}, factor_dtype(a_, weight));
+    check_factors(op, dims, weight, a_, b_, splits);
     a = a_.to(at::kFloat).contiguous();
     b = b_.to(at::kFloat).contiguous();
     params = {.a = input<float>(a),
@@ -43,19 +38,8 @@ struct Factors {
               .split_end = {}};
     int64_t end = 0;
     for (size_t i = 0; i < splits.size(); ++i) params.split_end[i] = end += splits[i];
-    TORCH_CHECK_VALUE(end == dims["N"], op, ": splits ", splits, " sum to ", end, "; expected N=", dims["N"]);
-  }
-
- private:
-  static at::ScalarType factor_dtype(const Tensor& factor, const Tensor& weight) {
-    return factor.scalar_type() == weight.scalar_type() ? weight.scalar_type() : at::kFloat;
   }
 };
-
-void check_in_place(const char* op, const Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": weight has strides ", weight.strides(),
-                    "; expected contiguous rows, since it is changed in place");
-}
 
 Tensor lora_merge_cuda(const Tensor& weight_, const Tensor& lora_a, const Tensor& lora_b, double scale,
                        at::IntArrayRef splits) {

@@ -6,11 +6,10 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <numeric>
 #include <tuple>
 
 #include "common/dims.h"
+#include "lora/lora_checks.h"
 
 namespace hybrid {
 namespace {
@@ -28,7 +27,7 @@ auto dispatch_weight(const Tensor& weight, const Fn& fn) {
   return weight.scalar_type() == at::kFloat ? fn(float{}) : fn(BFloat16{});
 }
 
-// Checked factors: lora_a and lora_b may be fp32 or the weight's dtype, and are computed with in fp32.
+// Checked factors.
 struct Factors {
   Tensor a, b;
   LoraFactors args;
@@ -37,15 +36,8 @@ struct Factors {
           at::IntArrayRef splits) {
     TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16, op,
                       ": weight has dtype ", c10::toString(weight.scalar_type()), "; expected Float or BFloat16");
-    TORCH_CHECK_VALUE(!splits.empty() && std::all_of(splits.begin(), splits.end(), [](int64_t s) { return s > 0; }), op,
-                      ": splits is ", splits, "; expected one positive width a split");
     Dims dims(op);
-    dims.expect(weight, "weight", {"N", "K"}, weight.scalar_type())
-        .expect(b_, "lora_b", {"N", "R"}, factor_dtype(b_, weight))
-        .bind("S*R", static_cast<int64_t>(splits.size()) * dims["R"], "splits and lora_b")
-        .expect(a_, "lora_a", {"S*R", "K"}, factor_dtype(a_, weight));
-    const int64_t total = std::accumulate(splits.begin(), splits.end(), int64_t{0});
-    TORCH_CHECK_VALUE(total == dims["N"], op, ": splits ", splits, " sum to ", total, "; expected N=", dims["N"]);
+    check_factors(op, dims, weight, a_, b_, splits);
     a = a_.to(at::kFloat).contiguous();
     b = b_.to(at::kFloat).contiguous();
     args = {.a = a.const_data_ptr<float>(),
@@ -57,17 +49,7 @@ struct Factors {
             .N = dims["N"],
             .K = dims["K"]};
   }
-
- private:
-  static at::ScalarType factor_dtype(const Tensor& factor, const Tensor& weight) {
-    return factor.scalar_type() == weight.scalar_type() ? weight.scalar_type() : at::kFloat;
-  }
 };
-
-void check_in_place(const char* op, const Tensor& weight) {
-  TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": weight has strides ", weight.strides(),
-                    "; expected contiguous rows, since it is changed in place");
-}
 
 Tensor lora_merge_cpu(const Tensor& weight_, const Tensor& lora_a, const Tensor& lora_b, double scale,
                       at::IntArrayRef splits) {
