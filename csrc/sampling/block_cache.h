@@ -55,7 +55,7 @@ class BlockCache {
   }
 
  private:
-  static constexpr int64_t kEnoughBlocks = 16 * 1024;  // of all rows: 4 MiB
+  static constexpr int64_t kEnoughBlocks = 64 * 1024;  // of all rows: 16 MiB
   static constexpr int64_t kLeastBlocks = 64;          // of a row
   static constexpr int32_t kNowhere = -1;
 

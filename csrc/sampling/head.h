@@ -1,6 +1,6 @@
 // The language-model head without its logits: a tile of the vocabulary at a time is multiplied out, reduced while it is in
 // the cache, and forgotten. Of V logits a row keeps three floats for every 64; the few blocks in which a token is chosen
-// are multiplied out again, or, for truncated draws, were kept in a cache of at most 4 MiB (64 blocks a row). Every logit is computed by linear(), so
+// are multiplied out again, or, for truncated draws, were kept in a cache of at most 16 MiB (64 blocks a row). Every logit is computed by linear(), so
 // it has the same bits wherever and whenever.
 #pragma once
 #include <cstdint>
