@@ -44,14 +44,16 @@ __device__ __forceinline__ uint4 load_16(const void* p) {
 #endif
   return *static_cast<const uint4*>(p);
 }
-__device__ __forceinline__ unsigned load_4(const void* p) {
+template <typename Word>
+__device__ __forceinline__ Word load_as(const void* p) {
 #ifndef __CUDACC__
-  simt::require_alignment(p, 4, simt::Site::current());
+  simt::require_alignment(p, sizeof(Word), simt::Site::current());
 #endif
-  unsigned word;
-  memcpy(&word, p, 4);
+  Word word;
+  memcpy(&word, p, sizeof(Word));
   return word;
 }
+__device__ __forceinline__ unsigned load_4(const void* p) { return load_as<unsigned>(p); }
 __device__ __forceinline__ void store_4(void* p, unsigned word) {
 #ifndef __CUDACC__
   simt::require_alignment(p, 4, simt::Site::current());

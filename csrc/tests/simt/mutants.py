@@ -30,7 +30,7 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
 LISTED = Path(__file__).with_name("equivalent_mutants.txt")
-FAMILIES = ("norm", "activation", "lora", "rlhf", "attention", "sampling", "linear")
+FAMILIES = ("norm", "activation", "lora", "rlhf", "attention", "sampling", "linear", "gather")
 FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
 SANITIZERS = {
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),

@@ -1,0 +1,1 @@
+#include "gather/unshard.cuh"  // defines what unshard_cuda.h declares
