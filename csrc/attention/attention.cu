@@ -1,3 +1,5 @@
+#include "attention/flash_attention.cuh"
+#include "attention/flash_backward.cuh"
 #include "attention/paged_attention.cuh"
 #include "attention/rope.cuh"
 
@@ -5,6 +7,8 @@ namespace hybrid::cuda {
 
 #define HYBRID_INSTANTIATE(T)                                      \
   template void paged_attention(const PagedAttentionParams<T>&, Stream); \
+  template void flash_attention(FlashAttentionParams<T>, Stream);  \
+  template void attention_backward(AttentionBackwardParams<T>, Stream);  \
   template void rope(const RopeParams<T>&, Stream);                \
   template void kv_append(const KvAppendParams<T>&, Stream);
 

@@ -32,6 +32,54 @@ constexpr int64_t attention_chunks(int64_t max_blocks) {
   return (max_blocks * kKvTile + kAttentionChunk - 1) / kAttentionChunk;
 }
 
+// The same for many rows a sequence, over packed keys and values or the paged cache: the same bits. 16-bit types: head_dim at most
+// kFlashHeadDim.
+constexpr int64_t kFlashHeadDim = 256;
+template <typename T>
+struct FlashAttentionParams {
+  const T* q;               // [rows, heads, head_dim], row stride q_stride
+  const T* k;               // [rows, kv_heads, head_dim], row stride k_stride; or the cache
+  const T* v;               // like k, row stride v_stride; the cache holds them too
+  const int32_t* block_tables;  // [batch, max_blocks], or nullptr: packed
+  const int32_t* kv_lengths;    // [batch], or nullptr: as many keys as rows
+  const int32_t* cu_q;          // [batch + 1]
+  const float* alibi_slopes;    // [heads] or nullptr
+  T* out;                   // [rows, heads, head_dim]
+  float* lse;               // [heads, rows]
+  int64_t rows, batch, heads, kv_heads, head_dim, max_blocks;
+  int64_t q_stride, k_stride, v_stride;
+  int64_t window;           // as above
+  float scale;
+  bool aligned = false;     // set by flash_attention: all rows may be read 16 bytes at a time
+};
+template <typename T>
+void flash_attention(FlashAttentionParams<T> params, void* stream);
+
+// Gradients of the above over packed sequences. The same bits on every run; probabilities are computed again from lse. 16-bit types:
+// head_dim at most kFlashHeadDim.
+template <typename T>
+struct AttentionBackwardParams {
+  const T* q;                 // [tokens, heads, head_dim], row stride q_stride
+  const T* k;                 // [tokens, kv_heads, head_dim], row stride kv_stride, like v
+  const T* v;
+  const T* out;               // [tokens, heads, head_dim] contiguous, as are all below
+  const T* grad_out;
+  const float* lse;           // [heads, tokens]
+  float* delta;               // scratch [heads, tokens]
+  T* grad_q;                  // [tokens, heads, head_dim]
+  T* grad_k;                  // [tokens, kv_heads, head_dim]
+  T* grad_v;
+  const int32_t* cu_seqlens;  // [batch + 1]
+  const float* alibi_slopes;  // [heads] or nullptr
+  int64_t tokens, batch, heads, kv_heads, head_dim;
+  int64_t q_stride, kv_stride;
+  int64_t window;
+  float scale;
+  bool aligned = false;       // set by attention_backward
+};
+template <typename T>
+void attention_backward(AttentionBackwardParams<T> params, void* stream);
+
 // Rotary embedding, half-split: pairs (i, i + rotary / 2) of each head turn by the angle whose cosine and sine are given.
 template <typename T>
 struct RopeParams {

@@ -6,6 +6,8 @@ namespace hybrid::cuda {
 
 template <typename T>
 struct MatrixRows {
+  static constexpr int kInFlight = 8;  // loads that it takes to hide the latency of memory
+
   const T* rows;
   int64_t dim;   // elements of a row, and from one to the next
   int count;     // rows that may be read

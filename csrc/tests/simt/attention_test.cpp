@@ -1,127 +1,13 @@
-// Attention over a paged cache, the rotary embedding and the append, against their formulas: grouped heads that fill a tile, part of
-// it or several; lengths around a tile and a chunk; windows, ALiBi, several rows a sequence; head sizes that are no whole packs.
-// What the cache holds beyond a sequence's end is NaN.
-#include <numeric>
-
+// Attention over a paged cache and over packed rows, the rotary embedding and the append, against their formulas: grouped heads that
+// fill a tile, part of it or several; lengths around a tile and a chunk; windows, ALiBi, several rows a sequence; head sizes that are
+// no whole packs. What the cache holds beyond a sequence's end is NaN. The kernels for few rows and for many give the same bits.
+#include "attention/flash_attention.cuh"
 #include "attention/paged_attention.cuh"
 #include "attention/rope.cuh"
-#include "tests/simt/harness.h"
+#include "tests/simt/attention_cases.h"
 
 namespace hybrid::testing {
 namespace {
-
-struct Sequence {
-  int64_t length, rows;  // keys, and queries at the last places
-};
-
-struct AttentionCase {
-  int64_t heads, kv_heads, dim;
-  std::vector<Sequence> sequences;
-  int64_t window = 0;
-  bool alibi = false;
-  int64_t shift = 0;
-
-  std::string name() const {
-    std::string text = "heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " dim " + std::to_string(dim) +
-                       " window " + std::to_string(window) + (alibi ? " alibi" : "") + " lengths";
-    for (const Sequence& s : sequences) text += " " + std::to_string(s.length) + ":" + std::to_string(s.rows);
-    return text;
-  }
-};
-
-// A batch whose keys and values lie in shuffled blocks.
-template <typename T>
-struct Batch {
-  int64_t rows = 0, max_blocks = 1, blocks = 1;
-  Buffer<int32_t> tables, lengths, starts;
-  Buffer<T> q, cache;
-  Buffer<float> slopes;
-
-  explicit Batch(const AttentionCase& c)
-      : tables(count(c)), lengths(std::ssize(c.sequences)), starts(std::ssize(c.sequences) + 1),
-        q(rows * c.heads * c.dim, c.shift), cache(blocks * c.kv_heads * 2 * kKvTile * c.dim, c.shift), slopes(c.heads) {
-    Random random(7 * c.dim + c.heads);
-    random.fill(q);
-    for (int64_t h = 0; h < c.heads; ++h) slopes[h] = 0.1f / static_cast<float>(h + 1);
-    std::vector<int32_t> order(blocks);
-    std::iota(order.begin(), order.end(), 0);
-    for (int64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[random.bits() % (i + 1)]);
-    starts[0] = 0;
-    int64_t used = 0;
-    for (int64_t b = 0; b < lengths.size(); ++b) {
-      const Sequence& s = c.sequences[b];
-      lengths[b] = static_cast<int32_t>(s.length);
-      starts[b + 1] = static_cast<int32_t>(starts[b] + s.rows);
-      for (int64_t block = 0; block * kKvTile < s.length; ++block) tables[b * max_blocks + block] = order[used++];
-      for (int64_t t = 0; t < s.length; ++t) {
-        for (int64_t h = 0; h < c.kv_heads; ++h) {
-          for (int64_t d = 0; d < c.dim; ++d) {
-            *key(c, b, t, h, d) = round_to<T>(static_cast<float>(random.normal()));
-            *value(c, b, t, h, d) = round_to<T>(static_cast<float>(random.normal()));
-          }
-        }
-      }
-    }
-  }
-
-  T* key(const AttentionCase& c, int64_t b, int64_t t, int64_t h, int64_t d) {
-    const int64_t block = tables[b * max_blocks + t / kKvTile];
-    return &cache[((block * c.kv_heads + h) * 2 * kKvTile + t % kKvTile) * c.dim + d];
-  }
-  T* value(const AttentionCase& c, int64_t b, int64_t t, int64_t h, int64_t d) {
-    return key(c, b, t, h, d) + kKvTile * c.dim;
-  }
-
- private:
-  int64_t count(const AttentionCase& c) {
-    for (const Sequence& s : c.sequences) {
-      rows += s.rows;
-      max_blocks = std::max(max_blocks, (s.length + kKvTile - 1) / kKvTile);
-      blocks += (s.length + kKvTile - 1) / kKvTile;
-    }
-    return std::ssize(c.sequences) * max_blocks;
-  }
-};
-
-struct Attended {
-  std::vector<double> out, lse;
-};
-
-// softmax(q k scale + bias) v as torch writes it: every operation's result rounded.
-template <typename Mode, typename T>
-Attended attend(Batch<T>& in, const AttentionCase& c, float scale) {
-  using Real = typename Mode::Real;
-  Attended result{std::vector<double>(in.rows * c.heads * c.dim), std::vector<double>(c.heads * in.rows)};
-  for (int64_t b = 0; b < in.lengths.size(); ++b) {
-    const Sequence& s = c.sequences[b];
-    for (int64_t i = 0; i < s.rows * c.heads; ++i) {
-      const int64_t row = in.starts[b] + i / c.heads, head = i % c.heads, kv_head = head / (c.heads / c.kv_heads);
-      const int64_t position = s.length - s.rows + i / c.heads;
-      const int64_t oldest = c.window > 0 ? std::max<int64_t>(0, position - c.window + 1) : 0;
-      std::vector<Real> weights;
-      for (int64_t t = oldest; t <= position; ++t) {
-        Real sum = 0;
-        for (int64_t d = 0; d < c.dim; ++d) {
-          sum += Real(to_float(in.q[(row * c.heads + head) * c.dim + d])) * Real(to_float(*in.key(c, b, t, kv_head, d)));
-        }
-        Real score = Mode::round(Mode::round(sum) * Real(scale));
-        if (c.alibi) score = Mode::round(score + Mode::round(Real(in.slopes[head]) * Real(t - position)));
-        weights.push_back(score);
-      }
-      const Real top = *std::max_element(weights.begin(), weights.end());
-      Real mass = 0;
-      for (Real& w : weights) mass += w = std::exp(w - top);
-      for (Real& w : weights) w = Mode::round(w / mass);
-      for (int64_t d = 0; d < c.dim; ++d) {
-        Real sum = 0;
-        for (int64_t t = oldest; t <= position; ++t) sum += weights[t - oldest] * Real(to_float(*in.value(c, b, t, kv_head, d)));
-        result.out[(row * c.heads + head) * c.dim + d] = Mode::round(sum);
-      }
-      result.lse[head * in.rows + row] = top + std::log(mass);
-    }
-  }
-  return result;
-}
 
 template <typename T>
 Buffer<T> run_attention(Batch<T>& in, const AttentionCase& c, float scale, Buffer<float>& lse) {
@@ -148,6 +34,34 @@ Buffer<T> run_attention(Batch<T>& in, const AttentionCase& c, float scale, Buffe
   return out;
 }
 
+// The kernel for many rows on the same cache.
+template <typename T>
+Buffer<T> run_flash(Batch<T>& in, const AttentionCase& c, float scale, Buffer<float>& lse) {
+  Buffer<T> out(in.q.size(), c.shift);
+  cuda::flash_attention<T>({.q = in.q.data(),
+                            .k = in.cache.data(),
+                            .v = in.cache.data(),
+                            .block_tables = in.tables.data(),
+                            .kv_lengths = in.lengths.data(),
+                            .cu_q = in.starts.data(),
+                            .alibi_slopes = c.alibi ? in.slopes.data() : nullptr,
+                            .out = out.data(),
+                            .lse = lse.data(),
+                            .rows = in.rows,
+                            .batch = in.lengths.size(),
+                            .heads = c.heads,
+                            .kv_heads = c.kv_heads,
+                            .head_dim = c.dim,
+                            .max_blocks = in.max_blocks,
+                            .q_stride = c.heads * c.dim,
+                            .k_stride = 0,
+                            .v_stride = 0,
+                            .window = c.window,
+                            .scale = scale},
+                           nullptr);
+  return out;
+}
+
 template <typename T>
 void test_attention(const AttentionCase& c, Accuracy& accuracy) {
   Batch<T> in(c);
@@ -163,6 +77,57 @@ void test_attention(const AttentionCase& c, Accuracy& accuracy) {
   const Attended exact = attend<Exact>(in, c, scale), plain = attend<Plain<T>>(in, c, scale);
   accuracy.check(results[0], exact.out, plain.out, what);
   accuracy.check(lse, exact.lse, plain.lse, what + " lse");
+  Buffer<float> many_lse(lse.size());
+  expect(run_flash(in, c, scale, many_lse).same_bits(results[0]), "few rows and many give the same bits");
+  expect(many_lse.same_bits(lse), "and the same lse");
+}
+
+template <typename T>
+Buffer<T> run_packed(Batch<T>& in, const Packed<T>& packed, const AttentionCase& c, float scale, Buffer<float>& lse) {
+  Buffer<T> out(in.q.size(), c.shift);
+  cuda::flash_attention<T>({.q = packed.q(),
+                            .k = packed.k(c),
+                            .v = packed.v(c),
+                            .block_tables = nullptr,
+                            .kv_lengths = nullptr,
+                            .cu_q = in.starts.data(),
+                            .alibi_slopes = c.alibi ? in.slopes.data() : nullptr,
+                            .out = out.data(),
+                            .lse = lse.data(),
+                            .rows = in.rows,
+                            .batch = in.lengths.size(),
+                            .heads = c.heads,
+                            .kv_heads = c.kv_heads,
+                            .head_dim = c.dim,
+                            .max_blocks = 0,
+                            .q_stride = packed.stride,
+                            .k_stride = packed.stride,
+                            .v_stride = packed.stride,
+                            .window = c.window,
+                            .scale = scale},
+                           nullptr);
+  return out;
+}
+
+template <typename T>
+void test_many_rows(const AttentionCase& c, Accuracy& accuracy) {
+  Batch<T> in(c);
+  const Packed<T> packed(in, c);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(c.dim));
+  const std::string what = std::string("attention ") + kTypeName<T> + " " + c.name();
+  Buffer<float> lse(c.heads * in.rows);
+  const auto results = in_every_order(what, [&] {
+    std::vector<Buffer<T>> out;
+    lse.poison();
+    out.push_back(run_packed(in, packed, c, scale, lse));
+    return out;
+  });
+  const Attended exact = attend<Exact>(in, c, scale), plain = attend<Plain<T>>(in, c, scale);
+  accuracy.check(results[0], exact.out, plain.out, what);
+  accuracy.check(lse, exact.lse, plain.lse, what + " lse");
+  Buffer<float> paged_lse(lse.size());
+  expect(run_attention(in, c, scale, paged_lse).same_bits(results[0]), "prefill and decode give the same bits");
+  expect(paged_lse.same_bits(lse), "and the same lse");
 }
 
 // A row's bits belong to its sequence and place: they do not change with the other sequences of the batch, the other rows of the
@@ -290,6 +255,25 @@ void test_type() {
   {
     Accuracy accuracy(std::string("paged_attention ") + kTypeName<T>);
     for (const AttentionCase& c : cases) test_attention<T>(c, accuracy);
+  }
+  std::vector<AttentionCase> packed = {
+      {1, 1, 8, {{1, 1}, {0, 0}, {65, 65}}},
+      {3, 1, 72, {{66, 66}, {5, 5}}, 0, true},
+      {2, 2, 20, {{63, 63}, {9, 9}}, 7, false, 1},
+  };
+  if (full_grid()) {
+    const std::vector<AttentionCase> more = {
+        {4, 2, 64, {{330, 330}}},
+        {1, 1, 136, {{70, 70}, {64, 64}}, 65, true},
+        {70, 1, 16, {{3, 3}, {66, 66}}},
+        {2, 1, 32, {{540, 540}}, 130},
+        {1, 1, 8, {}},
+    };
+    packed.insert(packed.end(), more.begin(), more.end());
+  }
+  {
+    Accuracy accuracy(std::string("attention ") + kTypeName<T>);
+    for (const AttentionCase& c : packed) test_many_rows<T>(c, accuracy);
   }
   test_own_bits<T>();
   {

@@ -45,7 +45,7 @@ def attention(
     Raises:
         ValueError: shapes that do not fit, or ``cu_seqlens`` that do not cover the rows.
     """
-    if not use_native("attention", q, k, v, alibi_slopes):
+    if not use_native("attention", q, k, v):
         return reference.attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
     out, _ = torch.ops.hybrid_kernels.attention(q, k, v, cu_seqlens, scale, alibi_slopes, window)
     return out
@@ -167,7 +167,13 @@ def _rope_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | N
     return *grads, None, None, None
 
 
-register("attention", _fake_attention, setup_context=_attention_setup, backward=_attention_backward)
+register(
+    "attention",
+    _fake_attention,
+    setup_context=_attention_setup,
+    backward=_attention_backward,
+    half_on_cuda=True,
+)
 register(
     "attention_backward",
     lambda grad_out, q, k, v, *_: (
