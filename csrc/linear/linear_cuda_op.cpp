@@ -10,6 +10,7 @@
 #include "common/cuda_op.h"
 #include "common/dims.h"
 #include "linear/linear_cuda.h"
+#include "linear/linear_cuda_op.h"
 
 namespace hybrid {
 namespace {
@@ -66,6 +67,8 @@ Tensor wide(const Tensor& x, const Tensor& weight, const Tensor& bias, const Low
   return y;
 }
 
+}  // namespace
+
 // Up to 16 rows by the kernel of linear_cuda.h, more by cuBLAS: those two do not give the same bits.
 Tensor linear_cuda(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                    const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
@@ -90,6 +93,8 @@ Tensor linear_cuda(const Tensor& x_, const Tensor& weight_, const std::optional<
   shape.back() = dims["N"];
   return (few ? skinny(x, weight, bias, low, here) : wide(x, weight, bias, low)).view(shape);
 }
+
+namespace {
 
 Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
   Dims dims("matmul", at::kCUDA);

@@ -6,6 +6,7 @@
 #include "common/cuda_op.h"
 #include "common/dims.h"
 #include "sampling/sampling_cuda.h"
+#include "sampling/sampling_cuda_op.h"
 #include "sampling/tensors.h"
 
 namespace hybrid {
@@ -16,6 +17,8 @@ using at::Tensor;
 // Targets, thresholds, positions and logits stay on the device and are not looked at here: that would wait for the stream.
 
 Tensor floats(const Tensor& like, int64_t rows) { return at::empty({rows}, like.options().dtype(at::kFloat)); }
+
+}  // namespace
 
 ScoreTensors token_logprobs_cuda(const Tensor& logits_, const Tensor& targets_, double temperature,
                                  const std::optional<Tensor>& thresholds_) {
@@ -46,6 +49,8 @@ ScoreTensors token_logprobs_cuda(const Tensor& logits_, const Tensor& targets_, 
   });
   return {logprob, entropy, lse, threshold};
 }
+
+namespace {
 
 Tensor token_logprobs_backward_cuda(const Tensor& grad_logprob_, const Tensor& grad_entropy_, const Tensor& logits_,
                                     const Tensor& targets_, const Tensor& entropy_, const Tensor& lse_,
@@ -84,6 +89,8 @@ Tensor token_logprobs_backward_cuda(const Tensor& grad_logprob_, const Tensor& g
   return grad;
 }
 
+}  // namespace
+
 SampleTensors sample_cuda(const Tensor& logits_, double temperature, int64_t top_k, double top_p, int64_t seed,
                           const Tensor& sample_ids_, const Tensor& positions_) {
   constexpr const char* kOp = "sample";
@@ -116,8 +123,6 @@ SampleTensors sample_cuda(const Tensor& logits_, double temperature, int64_t top
   });
   return {token, logprob, entropy, kept_mass, threshold, kept_logprob};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(hybrid_kernels, CUDA, m) {
   m.impl("token_logprobs", token_logprobs_cuda);

@@ -30,7 +30,17 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
 LISTED = Path(__file__).with_name("equivalent_mutants.txt")
-FAMILIES = ("norm", "activation", "lora", "rlhf", "attention", "sampling", "linear", "gather")
+FAMILIES = (  # test programs: a folder's name, or that and more
+    "norm",
+    "activation",
+    "lora",
+    "rlhf",
+    "attention",
+    "attention_backward",
+    "sampling",
+    "linear",
+    "gather",
+)
 FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
 SANITIZERS = {
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
@@ -153,8 +163,9 @@ def passes(program: Path, mutant: int) -> bool:
 
 def families_of(mutant: Mutant) -> tuple[str, ...]:
     """The test programs that may notice: a common header is everybody's."""
-    family = mutant.file.split("/")[1]
-    return (family,) if family in FAMILIES else FAMILIES
+    folder = mutant.file.split("/")[1]
+    own = tuple(name for name in FAMILIES if name == folder or name.startswith(f"{folder}_"))
+    return own or FAMILIES
 
 
 def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:

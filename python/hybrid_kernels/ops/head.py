@@ -1,4 +1,8 @@
-"""The language-model head, scored or drawn from without its logits."""
+"""The language-model head, scored or drawn from without its logits.
+
+On CUDA, tensors may also be float16 or bfloat16; the logits of up to 256 rows (scoring:
+``chunk_rows``) exist at a time, in that dtype.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def linear_token_logprobs(
     """
     if chunk_rows < 1:
         raise ValueError(f"linear_token_logprobs: chunk_rows is {chunk_rows}; expected at least 1")
-    if use_native_with_weight("linear_token_logprobs", hidden, weight, thresholds):
+    if use_native_with_weight("linear_token_logprobs", hidden, weight):
         logprob, entropy, _, _ = torch.ops.hybrid_kernels.linear_token_logprobs(
             hidden, weight, targets, temperature, thresholds, chunk_rows
         )
@@ -138,7 +142,7 @@ def _backward(
         if grad_hidden is not None:
             grad_hidden[rows] = matmul(grad_logits, weight)
         if needs_weight:
-            part = matmul(grad_logits.T, hidden[rows])
+            part = matmul(grad_logits.T, hidden[rows]).float()  # 16-bit chunks add up in float32
             grad_weight = part if grad_weight is None else grad_weight.add_(part)
     if grad_weight is not None:
         grad_weight = grad_weight.to(weight.dtype)
@@ -150,7 +154,7 @@ def _chunks(count: int, size: int) -> list[slice]:
 
 
 def _row(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape[:1])
+    return hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
 
 
 register(
@@ -163,6 +167,7 @@ register(
     ),
     setup_context=_setup,
     backward=_backward,
+    half_on_cuda=True,
 )
 register(
     "linear_sample",
@@ -170,4 +175,5 @@ register(
         sample_ids.new_empty(hidden.shape[:1]),
         *(_row(hidden) for _ in range(5)),
     ),
+    half_on_cuda=True,
 )

@@ -44,7 +44,7 @@ def token_logprobs(
         ValueError: wrong shapes or dtypes, a target outside the vocabulary, a bad temperature, a
             threshold that is NaN.
     """
-    if not use_native("token_logprobs", logits, thresholds):
+    if not use_native("token_logprobs", logits):
         return reference.token_logprobs(logits, targets, temperature, thresholds)
     logprob, entropy, _, _ = torch.ops.hybrid_kernels.token_logprobs(
         logits, targets, temperature, thresholds
