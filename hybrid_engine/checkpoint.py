@@ -1,16 +1,17 @@
 """Resumable state, written so that a kill at any moment leaves a whole checkpoint behind.
 
-    OUTPUT/checkpoints/STAGE/step-000120/{state.json, tensors-rank0.safetensors, rng-rank0.json,
-                                          ENGINE/...}
+    OUTPUT/checkpoints/STAGE/step-000120/{state.json, rng-00000.json ..., tensors/, ENGINE/ ...}
     OUTPUT/checkpoints/STAGE/latest       the name of the newest whole checkpoint
 
 A checkpoint is written under a temporary name, synced to disk, renamed, and only then named by
-`latest` (itself replaced by rename). Our own state is JSON and safetensors. DeepSpeed's part
-(ENGINE/) is its own format; it is read without unpickling anything but known classes.
+`latest` (itself replaced by rename). All of it is JSON and safetensors, and may be read by another
+number of ranks than wrote it; they need one file system.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import random
@@ -23,15 +24,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from hybrid_engine.distributed.collectives import barrier, is_main, rank
+from hybrid_engine.distributed.collectives import barrier, is_main, rank, world_size
+from hybrid_engine.distributed.parts import Part, PartReader, write_parts
 from hybrid_engine.errors import UserError
 
 _LATEST = "latest"
 _PARTIAL = ".partial"
-_TORCH_RNG = "rng.torch"
+_TENSORS = "tensors"
 
 
 class Saveable(Protocol):
@@ -49,6 +49,7 @@ class RunState:
     Attributes:
         stage: "sft", "reward" or "rlhf".
         iteration: optimizer steps (rollouts for rlhf) done in the stage; its data follow from it.
+        ranks: how many wrote the checkpoint.
         metrics_lines: lines of metrics.jsonl written; resuming cuts the file back to them.
         components: JSON-able state by name: KL controller, running moments, whatever else a stage
             has.
@@ -57,6 +58,7 @@ class RunState:
     stage: str
     iteration: int
     metrics_lines: int = 0
+    ranks: int = field(default_factory=world_size)
     components: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,17 +79,20 @@ class Checkpoints:
         step: int,
         state: RunState,
         engines: Mapping[str, Saveable] | None = None,
-        tensors: Mapping[str, Tensor] | None = None,
+        tensors: Mapping[str, Part] | None = None,
     ) -> Path:
         """Write checkpoint number `step` (it must grow over the whole run) and drop old ones.
 
-        `tensors` are this rank's own (EMA averages); the random states of this process are added.
+        `tensors` are this rank's parts of others (EMA averages); the random states of this process
+        are added.
         """
         name = f"step-{step:06d}"
         with self._publish(name) as partial:
             for engine_name, engine in (engines or {}).items():
                 engine.save(partial / engine_name)
-            _save_rank_state(partial, dict(tensors or {}))
+            if tensors:
+                write_parts(partial / _TENSORS, tensors)
+            _rng_file(partial, rank()).write_text(json.dumps(_random_states()))
             if is_main():
                 (partial / "state.json").write_text(json.dumps(asdict(state)))
         return self.directory / name
@@ -116,14 +121,33 @@ class Checkpoints:
         return RunState(**json.loads((path / "state.json").read_text()))
 
     def restore(
-        self, path: Path, engines: Mapping[str, Saveable] | None = None
-    ) -> tuple[RunState, dict[str, Tensor]]:
-        """Load engines and this process's random states; return the plain state and this rank's
-        tensors."""
+        self,
+        path: Path,
+        engines: Mapping[str, Saveable] | None = None,
+        tensors: Mapping[str, Part] | None = None,
+    ) -> RunState:
+        """Load engines and this process's random states, fill `tensors`; return the plain state.
+
+        A rank that the checkpoint does not know gets random states of its own, which follow from
+        those of rank 0.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of a run that trained something else.
+        """
+        state = self.read_state(path)
         for name, engine in (engines or {}).items():
             engine.load(path / name)
-        tensors = _load_rank_state(path)
-        return self.read_state(path), tensors
+        if tensors:
+            if not (path / _TENSORS).is_dir():
+                raise UserError(
+                    f"{path} holds no averages of the weights: the run that wrote it had "
+                    "rlhf.ema_decay 0; resume with that"
+                )
+            with PartReader(path / _TENSORS, state.ranks) as saved:
+                for name, part in tensors.items():
+                    saved.fill(name, part)
+        _restore_random_states(path)
+        return state
 
     @contextmanager
     def _publish(self, name: str) -> Iterator[Path]:
@@ -166,35 +190,41 @@ class Checkpoints:
             shutil.rmtree(self.directory / name)
 
 
-def _save_rank_state(directory: Path, tensors: dict[str, Tensor]) -> None:
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    tensors[_TORCH_RNG] = torch.get_rng_state()
-    save_file(tensors, directory / f"tensors-rank{rank()}.safetensors")
+def _rng_file(directory: Path, of_rank: int) -> Path:
+    return directory / f"rng-{of_rank:05d}.json"
+
+
+def _random_states() -> dict[str, Any]:
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    words_of_numpy = np.asarray(keys).tolist()
-    generators = {
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         "python": [version, list(words), gauss],
-        "numpy": [kind, words_of_numpy, position, has_gauss, cached],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
-    (directory / f"rng-rank{rank()}.json").write_text(json.dumps(generators))
 
 
-def _load_rank_state(directory: Path) -> dict[str, Tensor]:
-    path = directory / f"tensors-rank{rank()}.safetensors"
-    if not path.exists():
-        raise UserError(
-            f"{directory} has no state of rank {rank()}; resume with the number of ranks that "
-            "wrote it"
-        )
-    tensors = load_file(path)
-    torch.set_rng_state(tensors.pop(_TORCH_RNG))
-    generators = json.loads((directory / f"rng-rank{rank()}.json").read_text())
-    version, words, gauss = generators["python"]
+def _restore_random_states(directory: Path) -> None:
+    own = _rng_file(directory, rank())
+    if not own.exists():
+        _seed_from(_rng_file(directory, 0))
+        return
+    states = json.loads(own.read_text())
+    torch_state = bytearray(base64.b64decode(states["torch"]))
+    torch.set_rng_state(torch.frombuffer(torch_state, dtype=torch.uint8))
+    version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = generators["numpy"]
+    kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    return tensors
+
+
+def _seed_from(path: Path) -> None:
+    """Random states for a rank that is new: different on each, equal each time."""
+    digest = hashlib.sha256(path.read_bytes() + str(rank()).encode()).digest()
+    seeds = [int.from_bytes(digest[i : i + 4], "little") for i in (0, 4, 8)]
+    torch.manual_seed(seeds[0])
+    random.seed(seeds[1])
+    np.random.seed(seeds[2])
 
 
 def _as_user_error(directory: Path, action: Callable[[], None]) -> None:

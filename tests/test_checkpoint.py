@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import random
 import signal
 import subprocess
@@ -13,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from hybrid_engine.checkpoint import Checkpoints, RunState
 from hybrid_engine.config import OptimizerConfig
+from hybrid_engine.distributed.parts import Part
 from hybrid_engine.errors import UserError
 from hybrid_engine.rl.ema import EMA
 
@@ -29,16 +30,32 @@ def state_at(iteration: int) -> RunState:
     )
 
 
-def make_engine(stage: int, name: str = "policy", frozen_seed: int = 0):
+def make_engine(
+    stage: int,
+    *,
+    frozen_seed: int = 0,
+    out: int = 3,
+    freeze: str = "",
+    dtype: torch.dtype = torch.float32,
+    settings: dict | None = None,
+):
     from hybrid_engine.engine.train_engine import TrainEngine
 
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+    module = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, out))
     with torch.no_grad():
         module[0].weight.normal_(generator=torch.Generator().manual_seed(frozen_seed))
     module[0].weight.requires_grad_(False)
+    if freeze:
+        module.get_parameter(freeze).requires_grad_(False)
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
-    return TrainEngine(module, config, 10, {"zero_optimization": {"stage": stage}}, name)
+    zero = {"stage": stage, **(settings or {}).get("zero_optimization", {})}
+    merged = {**(settings or {}), "zero_optimization": zero}
+    return TrainEngine(module.to(dtype), config, 10, merged, "policy")
+
+
+def snapshot(engine) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in engine.gathered_state_dict().items()}
 
 
 def train(engine, ema: EMA, steps: int) -> list[float]:
@@ -46,7 +63,7 @@ def train(engine, ema: EMA, steps: int) -> list[float]:
     norms = []
     for _ in range(steps):
         for _ in range(2):
-            x = torch.randn(4, 6)
+            x = torch.randn(4, 6, dtype=next(engine.module.parameters()).dtype)
             engine.backward(engine(x).square().sum(), 8)
         norms.append(engine.step())
         ema.update(engine.local_parameters())
@@ -56,7 +73,7 @@ def train(engine, ema: EMA, steps: int) -> list[float]:
 def everything(engine, ema: EMA) -> dict[str, torch.Tensor]:
     return {
         **{f"p/{k}": v.clone() for k, v in engine.gathered_state_dict().items()},
-        **{f"ema/{k}": v.clone() for k, v in ema.tensors().items()},
+        **{f"ema/{k}": v.clone() for k, v in ema.averages.items()},
     }
 
 
@@ -66,7 +83,7 @@ def test_continuation_is_bit_exact(tmp_path, stage):
     engine = make_engine(stage)
     ema = EMA(engine.local_parameters(), 0.9)
     train(engine, ema, 3)
-    checkpoints.save(3, state_at(3), {"policy": engine}, ema.tensors())
+    checkpoints.save(3, state_at(3), {"policy": engine}, engine.parts(ema.averages))
     expected_norms = train(engine, ema, 4)
     expected = everything(engine, ema)
 
@@ -74,8 +91,7 @@ def test_continuation_is_bit_exact(tmp_path, stage):
     again = make_engine(stage)
     other = EMA(again.local_parameters(), 0.9)
     path = checkpoints.latest()
-    state, tensors = checkpoints.restore(path, {"policy": again})
-    other.load_tensors(tensors)
+    state = checkpoints.restore(path, {"policy": again}, again.parts(other.averages))
     assert state == state_at(3)
     assert again.steps == 3
     assert train(again, other, 4) == expected_norms
@@ -86,17 +102,105 @@ def test_continuation_is_bit_exact(tmp_path, stage):
     assert again.lr == engine.lr
 
 
+@pytest.mark.parametrize("before, after", [(0, 3), (3, 1), (2, 0)])
+def test_continuation_in_another_zero_stage(tmp_path, before, after):
+    engine = make_engine(before)
+    train(engine, EMA({}, 0.9), 3)
+    engine.save(tmp_path)
+    torch.manual_seed(1)
+    expected = train(engine, EMA({}, 0.9), 3)
+    again = make_engine(after)
+    again.load(tmp_path)
+    torch.manual_seed(1)
+    assert train(again, EMA({}, 0.9), 3) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stage, settings",
+    [
+        (0, {}),
+        (1, {}),
+        (1, {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, {}),
+        (2, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+        (3, {}),
+        (3, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+    ],
+)
+def test_bfloat16_continues_from_its_fp32_values(tmp_path, stage, settings):
+    options = {"dtype": torch.bfloat16, "settings": settings}
+    engine = make_engine(stage, **options)
+    train(engine, EMA({}, 0.9), 3)
+    engine.save(tmp_path)
+    torch.manual_seed(1)
+    expected = train(engine, EMA({}, 0.9), 3), snapshot(engine)
+    again = make_engine(stage, **options)
+    again.load(tmp_path)
+    torch.manual_seed(1)
+    assert train(again, EMA({}, 0.9), 3) == expected[0]
+    assert all(torch.equal(snapshot(again)[name], t) for name, t in expected[1].items())
+
+
+def test_before_the_first_step_there_is_no_more_to_save_than_weights(tmp_path):
+    engine = make_engine(0)
+    engine.save(tmp_path)
+    assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 2500
+    train(engine, EMA({}, 0.9), 2)
+    engine.load(tmp_path)
+    fresh = make_engine(0)
+    torch.manual_seed(1)
+    again = train(engine, EMA({}, 0.9), 2)
+    torch.manual_seed(1)
+    assert train(fresh, EMA({}, 0.9), 2) == again
+
+
 def test_frozen_weights_are_left_out_and_must_be_the_same(tmp_path):
     engine = make_engine(1)
     engine.save(tmp_path)
-    sizes = sum(f.stat().st_size for f in tmp_path.rglob("*.pt"))
-    assert sizes > 0
-    for file in tmp_path.rglob("*model_states.pt"):
-        assert "0.weight" not in torch.load(file, weights_only=False)["module"]
-    with pytest.raises(UserError, match="its checksum of the frozen weights was"):
+    with safe_open(tmp_path / "part-00000.safetensors", "pt") as file:
+        assert sorted(file.keys()) == ["value/0.bias", "value/2.bias", "value/2.weight"]
+    with pytest.raises(UserError, match="the checksum of the frozen weights was"):
         make_engine(1, frozen_seed=1).load(tmp_path)
-    with pytest.raises(UserError, match="its ZeRO stage was 1, now it is 2"):
-        make_engine(2).load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"out": 4}, r"2\.weight had the shape \[3, 9\], and now has \[4, 9\]"),
+        ({"dtype": torch.bfloat16}, "the parameters' dtype was float32, now it is bfloat16"),
+        ({"freeze": "2.bias"}, r"2\.bias was trained, and now is not"),
+    ],
+)
+def test_what_differs_is_named(tmp_path, change, wanted):
+    make_engine(0).save(tmp_path)
+    with pytest.raises(UserError, match=rf"cannot resume policy from .*: {wanted}; resume with"):
+        make_engine(0, **change).load(tmp_path)
+
+
+def test_a_model_that_was_not_trained_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot resume policy: there is no .*train_state.json"):
+        make_engine(0).load(tmp_path)
+
+
+def test_averages_that_were_not_kept_are_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    engine = make_engine(0)
+    ema = EMA(engine.local_parameters(), 0.9)
+    checkpoints.save(1, state_at(1), {"policy": engine})
+    with pytest.raises(UserError, match="no averages of the weights.*rlhf.ema_decay"):
+        checkpoints.restore(checkpoints.latest(), {}, engine.parts(ema.averages))
+
+
+def test_damaged_files_are_named(tmp_path):
+    make_engine(0).save(tmp_path)
+    file = tmp_path / "part-00000.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="part-00000.safetensors is damaged"):
+        make_engine(0).load(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="part-00000.safetensors is missing"):
+        make_engine(0).load(tmp_path)
 
 
 def test_random_states_continue(tmp_path):
@@ -153,10 +257,11 @@ def test_leftovers_of_a_kill_are_swept(tmp_path):
 SAVE_FOREVER = """
 import sys, torch
 from hybrid_engine.checkpoint import Checkpoints, RunState
+from hybrid_engine.distributed.parts import Part
 checkpoints = Checkpoints(sys.argv[1], keep=1)
 for step in range(int(sys.argv[2]), 10**6):
-    values = torch.full((50_000,), float(step))
-    checkpoints.save(step, RunState("rlhf", step, components={"step": step}), tensors={"x": values})
+    values = {"x": Part(0, torch.full((50_000,), float(step)))}
+    checkpoints.save(step, RunState("rlhf", step, components={"step": step}), tensors=values)
     print(step, flush=True)
 """
 
@@ -180,34 +285,27 @@ def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         checkpoints = Checkpoints(directory)
-        state, tensors = checkpoints.restore(checkpoints.latest())
+        x = torch.zeros(50_000)
+        state = checkpoints.restore(checkpoints.latest(), tensors={"x": Part(0, x)})
         assert state.iteration >= announced > reached
         assert state.components == {"step": state.iteration}
-        assert torch.equal(tensors["x"], torch.full((50_000,), float(state.iteration)))
+        assert torch.equal(x, torch.full((50_000,), float(state.iteration)))
         reached = state.iteration
 
 
-def test_our_own_state_is_json_and_safetensors(tmp_path):
-    path = Checkpoints(tmp_path).save(1, state_at(1), tensors={"a": torch.ones(2)})
-    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors"]
-    assert json.loads((path / "state.json").read_text())["stage"] == "rlhf"
-
-
-class Payload:
-    """A pickle that runs a program when it is loaded."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
-
-
-def test_a_tampered_file_is_not_executed(tmp_path):
+def test_all_of_it_is_json_and_safetensors(tmp_path):
+    """Nothing of a checkpoint can be made to run a program when it is read."""
     engine = make_engine(1)
-    engine.save(tmp_path)
-    target = next(tmp_path.rglob("*optim_states.pt"))
-    torch.save({"optimizer_state_dict": Payload(tmp_path / "executed")}, target)
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        make_engine(1).load(tmp_path)
-    assert not (tmp_path / "executed").exists()
+    ema = EMA(engine.local_parameters(), 0.9)
+    train(engine, ema, 1)
+    averages = engine.parts(ema.averages)
+    path = Checkpoints(tmp_path).save(1, state_at(1), {"policy": engine}, averages)
+    found = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    assert found == [
+        "policy/part-00000.safetensors",
+        "policy/train_state.json",
+        "rng-00000.json",
+        "state.json",
+        "tensors/part-00000.safetensors",
+    ]
+    assert json.loads((path / "state.json").read_text())["stage"] == "rlhf"

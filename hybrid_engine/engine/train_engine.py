@@ -7,12 +7,10 @@ that leave out frozen weights but notice when they have changed.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -24,13 +22,13 @@ from torch import Tensor, nn
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed import process_group
 from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, world_size
+from hybrid_engine.distributed.parts import Part
 from hybrid_engine.engine import deepspeed_config as settings
+from hybrid_engine.engine.master_state import shard_of
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
+from hybrid_engine.engine.train_state import TrainState, frozen_checksum
 from hybrid_engine.errors import UserError
-
-_TAG = "engine"
-_STATE_FILE = "train_engine.json"
 
 
 class TrainEngine:
@@ -69,7 +67,7 @@ class TrainEngine:
             optimizer.max_grad_norm,
         )
         self.zero_stage = settings.zero_stage(self._settings)
-        self._frozen_checksum = _frozen_checksum(module)
+        frozen = frozen_checksum(module)
         self._guard = NonFiniteGuard(module, name, optimizer.max_bad_steps)
         self._optimizer = build_adamw(module, optimizer)
         self._bare_norm: float | None = None
@@ -79,6 +77,7 @@ class TrainEngine:
         if world_size() == 1 and settings.clips_outside(self._settings):
             # A rank alone has nothing to average; DeepSpeed would still copy all gradients twice.
             self._engine.enable_backward_allreduce = False
+        self._state = TrainState(module, self._engine, self._optimizer, name, frozen)
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,52 +226,45 @@ class TrainEngine:
 
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
+    def parts(self, values: Mapping[str, Tensor]) -> dict[str, Part]:
+        """`values` (an average), keyed and shaped like :meth:`local_parameters`, for a checkpoint
+        to write or to fill.
+        """
+        parameters = dict(self.module.named_parameters())
+        return {
+            name: Part(0, value.view(-1), everywhere=True)
+            if self.zero_stage < 3
+            else _shard(parameters[name], value)
+            for name, value in values.items()
+        }
+
     # Checkpoints.
 
     def save(self, directory: str | Path) -> None:
         """Write optimizer, trainable parameters and schedule; every rank calls this."""
-        directory = Path(directory)
-        self._engine.save_checkpoint(
-            str(directory),
-            tag=_TAG,
-            client_state={},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
-        if is_main():
-            state = {
-                "steps": self.steps,
-                "skipped": self._guard.skipped,
-                "consecutive_bad": self._guard.consecutive,
-                "frozen_checksum": self._frozen_checksum,
-                "world_size": world_size(),
-                "zero_stage": self.zero_stage,
-            }
-            (directory / _STATE_FILE).write_text(json.dumps(state))
+        counts = {
+            "steps": self.steps,
+            "skipped": self._guard.skipped,
+            "consecutive_bad": self._guard.consecutive,
+        }
+        self._state.save(Path(directory), counts)
 
     def load(self, directory: str | Path) -> None:
-        """Continue from :meth:`save`, bit for bit. Frozen parameters stay as the module was built.
+        """Continue from :meth:`save`, in any number of ranks and any ZeRO stage; bit for bit where
+        they are the same.
 
         Raises:
-            UserError: other frozen weights, another number of ranks or ZeRO stage than at saving.
+            UserError: other frozen weights, or other trained ones; it names what differs.
         """
-        directory = Path(directory)
-        state = json.loads((directory / _STATE_FILE).read_text())
-        for key, value, what in (
-            ("world_size", world_size(), "number of ranks"),
-            ("zero_stage", self.zero_stage, "ZeRO stage"),
-            ("frozen_checksum", self._frozen_checksum, "checksum of the frozen weights"),
-        ):
-            if state[key] != value:
-                raise UserError(
-                    f"cannot resume {self._name} from {directory}: its {what} was {state[key]}, "
-                    f"now it is {value}; "
-                    "resume with the settings and models of the interrupted run"
-                )
-        self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-        self.steps = state["steps"]
-        self._guard.skipped = state["skipped"]
-        self._guard.consecutive = state["consecutive_bad"]
+        counts = self._state.load(Path(directory))
+        self.steps = counts["steps"]
+        self._guard.skipped = counts["skipped"]
+        self._guard.consecutive = counts["consecutive_bad"]
+
+
+def _shard(parameter: nn.Parameter, values: Tensor) -> Part:
+    start, count = shard_of(parameter)
+    return Part(start, values[:count])
 
 
 def _trained_dtype(module: nn.Module) -> torch.dtype:
@@ -283,16 +275,6 @@ def _trained_dtype(module: nn.Module) -> torch.dtype:
             "to one"
         )
     return dtypes.pop() if dtypes else torch.float32
-
-
-def _frozen_checksum(module: nn.Module) -> int:
-    """CRC-32 over names and bytes of the parameters that checkpoints leave out."""
-    checksum = 0
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
-    return checksum
 
 
 def _initialise_deepspeed(
@@ -318,7 +300,4 @@ def _initialise_deepspeed(
             "training "
             "loop; install 0.19.8 or later"
         )
-    from hybrid_engine.engine.safe_loading import WeightsOnlyCheckpointEngine
-
-    engine.checkpoint_engine = WeightsOnlyCheckpointEngine()
     return engine

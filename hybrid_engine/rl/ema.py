@@ -16,6 +16,9 @@ from torch import Tensor
 class EMA:
     """The average starts at the parameters themselves, so it needs no bias correction.
 
+    Attributes:
+        averages: name -> fp32 tensor, updated in place: what a checkpoint writes, and fills.
+
     Args:
         parameters: name -> live tensor, as `TrainEngine.local_parameters()` gives them. The
             tensors are asked for at every update, because ZeRO may re-point them.
@@ -32,15 +35,3 @@ class EMA:
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         for name, average in self.averages.items():
             average.lerp_(parameters[name].detach().to(average.dtype), 1.0 - self.decay)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The averages, to be saved."""
-        return dict(self.averages)
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from saved averages, exactly."""
-        if tensors.keys() != self.averages.keys():
-            missing = sorted(self.averages.keys() ^ tensors.keys())
-            raise ValueError(f"EMA was saved for other parameters; they differ in {missing[:3]}")
-        for name, average in self.averages.items():
-            average.copy_(tensors[name])

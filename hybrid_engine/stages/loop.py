@@ -10,8 +10,8 @@ import torch
 from hybrid_engine.checkpoint import RunState
 from hybrid_engine.data import Batches, rank_share
 from hybrid_engine.distributed.collectives import rank, world_size
+from hybrid_engine.distributed.parts import Part
 from hybrid_engine.engine.train_engine import TrainEngine
-from hybrid_engine.rl.ema import EMA
 from hybrid_engine.run import Run
 from hybrid_engine.stages.update import hash_seed
 
@@ -47,7 +47,7 @@ class StageLoop:
         save_steps: int,
         engines: Mapping[str, TrainEngine],
         components: Mapping[str, Component] | None = None,
-        ema: EMA | None = None,
+        averages: Mapping[str, Part] | None = None,
     ) -> None:
         self._run = run
         self._stage = stage
@@ -55,7 +55,7 @@ class StageLoop:
         self._save_steps = save_steps
         self._engines = engines
         self._components = components or {}
-        self._ema = ema
+        self._averages = averages
         self._checkpoints = run.checkpoints(stage)
         self.total = len(batches)
         self.start = 0
@@ -69,11 +69,9 @@ class StageLoop:
         if path is None:
             self._run.forget(self._stage)  # or a later --resume would pick up an older run's state
             return
-        state, tensors = self._checkpoints.restore(path, self._engines)
+        state = self._checkpoints.restore(path, self._engines, self._averages)
         for name, component in self._components.items():
             component.load_state_dict(state.components[name])
-        if self._ema is not None:
-            self._ema.load_tensors(tensors)
         self.memory = state.components["memory"]
         self.spent = state.components["spent"]
         self.start = state.iteration
@@ -113,8 +111,7 @@ class StageLoop:
                     "spent": self._run.reporter.spent(),
                 },
             )
-            tensors = self._ema.tensors() if self._ema is not None else {}
-            self._checkpoints.save(step, state, self._engines, tensors)
+            self._checkpoints.save(step, state, self._engines, self._averages)
 
 
 def local_share(batch: Sequence[T]) -> list[T]:

@@ -57,7 +57,8 @@ def train_rlhf(run: Run) -> None:
         with run.reporter.phase("evaluate"):
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
-    loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, ema)
+    averages = cast.policy.parts(ema.averages) if ema else None
+    loop = StageLoop(run, STAGE, batches, config.save_steps, engines, components, averages)
     rollouts = Rollouts(run, cast, data.train)
     updater = Updater(cast, config, demonstrations)
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
@@ -213,7 +214,7 @@ def save(run: Run, cast: Cast, ema: EMA | None) -> None:
     if cast.critic is not None:
         run.save_model(cast.critic, directory / "critic", cast.tokenizer)
     if ema is not None:
-        run.save_model(cast.policy, directory / "actor_ema", cast.tokenizer, ema.tensors())
+        run.save_model(cast.policy, directory / "actor_ema", cast.tokenizer, ema.averages)
     for name, present in (("critic", cast.critic), ("actor_ema", ema)):
         if present is None and is_main():
             shutil.rmtree(directory / name, ignore_errors=True)

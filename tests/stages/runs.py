@@ -138,8 +138,8 @@ def column(lines: list[dict[str, Any]], key: str) -> list[Any]:
 EXACT = ("stage", "iteration", "response_length", "eos_rate", "tokens", "epochs")
 
 
-def check_close(one: Path, other: Path) -> None:
-    """All metrics of two runs within 1e-3 (relative above 1), what counts samples equal."""
+def check_close(one: Path, other: Path, tolerance: float = 1e-3) -> None:
+    """All metrics of two runs within `tolerance` (relative above 1), what counts samples equal."""
     ours, theirs = metrics(one), metrics(other)
     assert len(ours) == len(theirs) > 0
     for line, wanted in zip(ours, theirs, strict=True):
@@ -148,4 +148,4 @@ def check_close(one: Path, other: Path) -> None:
             if key in EXACT:
                 assert line[key] == value, key
             else:
-                assert abs(line[key] - value) < 1e-3 * max(1.0, abs(value)), key
+                assert abs(line[key] - value) < tolerance * max(1.0, abs(value)), key

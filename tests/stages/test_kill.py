@@ -138,8 +138,8 @@ def test_resuming_with_other_settings_is_said(trainer, tmp_path, interrupted, ca
 @pytest.mark.parametrize(
     "settings, wanted",
     [
-        ({"zero_stage": 2}, "its ZeRO stage was 0, now it is 2"),
-        ({"model.trainable_layers": 1}, "checksum of the frozen weights"),
+        ({"model.dtype": "bfloat16"}, "the parameters' dtype was float32, now it is bfloat16"),
+        ({"model.trainable_layers": 1}, "decoder.embed_tokens.weight was trained, and now is not"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
