@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_engine.errors import UserError
@@ -24,6 +22,7 @@ from .foreign import ForeignModel
 from .gathered import gathered, partitioned
 from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import merged_weight
+from .shard_writer import ShardWriter, write_json
 from .tokenizers import scoring_pad_token, write_tokenizer
 
 AnyModel = NativeModel | ForeignModel
@@ -43,9 +42,9 @@ def save_model(
     Adapters are merged into a copy; the model is left as it is. With ``adapter`` they are written
     unmerged as well, into the directory's ``adapter/``. Without ``tokenizer`` the files of
     the directory that the model was loaded from are copied. The directory appears whole or not at
-    all: it is written beside its final place and renamed. Under ZeRO-3 every rank must call this
-    (parameters are gathered one module at a time), unless it has gathered them all already; rank 0
-    writes.
+    all: it is written beside its final place and renamed. Under ZeRO-3 every rank must call this,
+    unless it has gathered all parameters already; rank 0 writes. They are gathered one module at a
+    time, and no rank has the model at once, except in a family without a native decoder.
     """
     directory = Path(directory)
     with written_atomically(directory, _is_writer()) as target:
@@ -83,8 +82,10 @@ def _write_model(
     model: AnyModel, target: Path | None, tokenizer: Any | None, max_shard_bytes: int
 ) -> None:
     if not isinstance(model, NativeModel):
-        if target is not None:
-            model.save(target, tokenizer)
+        # All at once: transformers itself names the weights, and may split or join them.
+        with gathered(model.parameters()):
+            if target is not None:
+                model.save(target, tokenizer)
         return
     _write_weights(model, target, max_shard_bytes)
     if target is not None:
@@ -179,53 +180,25 @@ def _source(model: NativeModel) -> Source:
     return model.source
 
 
+def checkpoint_names(model: NativeModel) -> list[str]:
+    """The names of :func:`checkpoint_tensors`, known before any of them is gathered."""
+    family = family_of_type(_source(model).config["model_type"])
+    names = [family.prefix + n for entry in family.entries(model.spec) for n in entry.sources]
+    if isinstance(model, ScalarModel):
+        return [*names, SCORE]
+    return names if model.spec.tied_head else [*names, HEAD]
+
+
 def _write_weights(model: NativeModel, target: Path | None, max_shard_bytes: int) -> None:
-    temporary = bool(partitioned(model.parameters()))
-    if target is None and not temporary:
+    """Rank 0 writes each tensor as soon as it is whole, and forgets it: it never has the model."""
+    if target is None and not partitioned(model.parameters()):
         return
-    writer = _ShardWriter(target, max_shard_bytes) if target is not None else None
+    writer = ShardWriter(target, max_shard_bytes, checkpoint_names(model)) if target else None
     for name, tensor in checkpoint_tensors(model):  # every rank walks: gathering is collective
         if writer is not None:
-            writer.add(name, tensor.clone() if temporary else tensor)
+            writer.add(name, tensor)
     if writer is not None:
         writer.close()
-
-
-class _ShardWriter:
-    """Fills safetensors files up to a size; their number is known, and named, at the end."""
-
-    def __init__(self, target: Path, max_bytes: int) -> None:
-        self.target, self.max_bytes = target, max_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
-            self._flush()
-        self.pending[name] = tensor.cpu().contiguous()
-        self.pending_bytes += tensor.nbytes
-
-    def _flush(self) -> None:
-        path = self.target / f"shard-{len(self.shards)}"
-        save_file(self.pending, path, metadata={"format": "pt"})
-        self.shards.append(list(self.pending))
-        self.total_bytes += self.pending_bytes
-        self.pending, self.pending_bytes = {}, 0
-
-    def close(self) -> None:
-        self._flush()
-        if len(self.shards) == 1:
-            (self.target / "shard-0").rename(self.target / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards):
-            final = f"model-{number + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            (self.target / f"shard-{number}").rename(self.target / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        _write_json(self.target / "model.safetensors.index.json", index)
 
 
 def _write_companions(model: NativeModel, target: Path, tokenizer: Any | None) -> None:
@@ -238,7 +211,7 @@ def _write_companions(model: NativeModel, target: Path, tokenizer: Any | None) -
     config["architectures"] = [classifier if isinstance(model, ScalarModel) else causal]
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    _write_json(target / CONFIG, config)
+    write_json(target / CONFIG, config)
     if source.generation_config is not None:
         (target / GENERATION_CONFIG).write_text(source.generation_config, encoding="utf-8")
     write_tokenizer(target, source.directory, tokenizer, pad_id)
@@ -249,7 +222,3 @@ def _pad_id(model: NativeModel, source: Source, tokenizer: Any | None) -> int | 
     if not isinstance(model, ScalarModel):
         return None
     return scoring_pad_token(dict(source.config), source.directory, tokenizer)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

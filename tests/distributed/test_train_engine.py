@@ -4,12 +4,17 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.engine.optim import build_adamw, learning_rate
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.errors import UserError
+from hybrid_engine.models import load_causal_lm, save_model
+from hybrid_engine.models.shard_writer import ShardWriter
+from tests.tiny import make_tiny_model, make_tiny_tokenizer
 
 STAGES = (0, 1, 2, 3)
 
@@ -174,3 +179,54 @@ def test_decay_spares_biases_and_norms():
 def test_nothing_to_train_is_explained():
     with pytest.raises(UserError, match="no trainable parameter"):
         TrainEngine(nn.Linear(2, 2).requires_grad_(False), OptimizerConfig(), 1)
+
+
+def zero3_of(model) -> TrainEngine:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    return TrainEngine(model, OptimizerConfig(), 1, {"zero_optimization": zero})
+
+
+def weights(directory):
+    return {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+def test_export_from_zero3_has_one_module_whole_at_a_time(tmp_path, monkeypatch):
+    model = load_causal_lm(make_tiny_model(tmp_path / "in"))
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    zero3_of(model)
+    assert not any(p.numel() for p in model.parameters())
+    add, whole, files = ShardWriter.add, [], set()
+
+    def watched(self, name, tensor):
+        whole.append(sum(p.numel() for p in model.parameters()))
+        add(self, name, tensor)
+        files.update(path.name for path in self._target.iterdir())
+
+    monkeypatch.setattr(ShardWriter, "add", watched)
+    save_model(model, tmp_path / "out", max_shard_bytes=100_000)
+    assert 0 < max(whole) <= largest
+    assert {"shard-0", "shard-1"} <= files  # written as they came
+    assert not any(p.numel() for p in model.parameters())
+    before, after = weights(tmp_path / "in"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (tmp_path / "out/model.safetensors.index.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:no native decoder")
+def test_a_foreign_family_is_exported_from_zero3_as_well(tmp_path):
+    config = GPTNeoXConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "in")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "in")
+    model = load_causal_lm(tmp_path / "in")
+    assert not model.native
+    zero3_of(model)
+    save_model(model, tmp_path / "out")
+    before, after = weights(tmp_path / "in"), weights(tmp_path / "out")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
