@@ -21,6 +21,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from hybrid_engine.distributed.env import RankEnv, rank_env
+from hybrid_engine.distributed.interface import interface_towards
 
 # Set by our launcher: a pipe that closes when the launcher dies, and where a rank leaves its last
 # words.
@@ -55,6 +56,8 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     env.export(os.environ)
     _watch_lifeline()
     _report_uncaught()
+    if env.world_size > env.local_world_size and (interface := interface_towards(env.master_addr)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ["DS_ACCELERATOR"] = "cpu"  # the kernels are; read when deepspeed is imported
     store = _open_store(env, timeout)
     dist.init_process_group(
