@@ -16,12 +16,9 @@ import torch
 import torch.distributed as dist
 
 from hybrid_engine.distributed.process_group import World, current_world
+from hybrid_engine.distributed.waiting import RankTimeout, last_seen, waiting
 from hybrid_engine.rl.largest import largest
 from hybrid_engine.rl.moments import combine_moments
-
-
-class RankTimeout(RuntimeError):
-    """Some ranks did not arrive; the message names them and the phase they were last seen in."""
 
 
 def rank() -> int:
@@ -44,7 +41,8 @@ def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    with waiting("an exchange of numbers"):
+        dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 
@@ -66,11 +64,12 @@ def broadcast_json(value: Any, source: int = 0) -> Any:
         return value
     encoded = json.dumps(value).encode() if rank() == source else b""
     size = torch.tensor([len(encoded)])
-    dist.broadcast(size, source)
-    payload = torch.empty(int(size), dtype=torch.uint8)
-    if rank() == source:
-        payload.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    dist.broadcast(payload, source)
+    with waiting("a broadcast"):
+        dist.broadcast(size, source)
+        payload = torch.empty(int(size), dtype=torch.uint8)
+        if rank() == source:
+            payload.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+        dist.broadcast(payload, source)
     return json.loads(bytes(payload.tolist()))
 
 
@@ -135,11 +134,7 @@ def barrier(phase: str, timeout: timedelta | None = None) -> None:
 
 
 def _describe_missing(world: World, missing: list[int], phase: str, limit: float) -> str:
-    seen = []
-    for r in missing:
-        key = f"phase/{r}"
-        last = world.store.get(key).decode() if world.store.check([key]) else "its start"
-        seen.append(f"rank {r} (last seen at {last!r})")
+    seen = [last_seen(world, r) for r in missing]
     return (
         f"rank {world.env.rank} waited {limit:.0f} s at {phase!r} for {', '.join(seen)}; "
         "look at that rank's output for the cause"

@@ -23,6 +23,7 @@ from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed import process_group
 from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, world_size
 from hybrid_engine.distributed.parts import Part
+from hybrid_engine.distributed.waiting import waiting
 from hybrid_engine.engine import deepspeed_config as settings
 from hybrid_engine.engine.master_state import shard_of
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
@@ -81,7 +82,8 @@ class TrainEngine:
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        with waiting(f"{self._name}: forward"):
+            return self._engine(*args, **kwargs)
 
     @property
     def lr(self) -> float:
@@ -110,7 +112,8 @@ class TrainEngine:
         self._guard.watch(loss_sum)
         scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
         scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
-        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        with waiting(f"{self._name}: backward"):
+            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip, update, clear gradients. Returns the global gradient norm before clipping.
@@ -122,9 +125,10 @@ class TrainEngine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
-        self._engine.step()
+        with waiting(f"{self._name}: optimizer step"):
+            self._engine.step()
+            applied, norm = self._outcome()
         self.steps += 1
-        applied, norm = self._outcome()
         if applied:
             self._guard.good_step()
         else:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hybrid_engine.distributed.collectives import enter_phase
 from hybrid_engine.errors import UserError
 from hybrid_engine.report.capture import LibraryCapture
 from hybrid_engine.report.clock import PhaseClock
@@ -139,7 +140,10 @@ class Reporter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What is running now. Phases may nest; an inner one's seconds are not the outer one's."""
+        """What is running now, here and for the messages of ranks that wait. Phases may nest; an
+        inner one's seconds are not the outer one's.
+        """
+        enter_phase(name)
         with self._clock.phase(name):
             self._count(0, 0)
             yield
