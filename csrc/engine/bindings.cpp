@@ -248,6 +248,7 @@ void register_gate(py::module_& m) {
       .def(py::init([] { return std::make_shared<WeightGate>(check_signals); }))
       .def("open", &WeightGate::open, py::arg("part"), no_gil, "Part 0, 1, ... is there: see csrc/engine/weight_gate.h.")
       .def("fail", &WeightGate::fail, py::arg("why"), no_gil, "Whoever waits gets a RuntimeError that says why.")
+      .def("wait", &WeightGate::wait, py::arg("part"), no_gil, "Returns when the part is there.")
       .def("close", &WeightGate::close, no_gil, "Nothing is there any more.")
       .def_property_readonly("waited_seconds", &WeightGate::waited_seconds, "Since it was last closed.");
 }

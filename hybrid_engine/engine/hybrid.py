@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank
+from hybrid_engine.engine.device import DeviceGenerator, generator_for
 from hybrid_engine.engine.end_tokens import end_token_ids
 from hybrid_engine.engine.foreign_generate import foreign_generate
 from hybrid_engine.engine.gather import GatherCounters, GatheredWeights
@@ -77,7 +78,7 @@ class HybridEngine:
         self._phase: str | None = None
         # Both at the first rollout: they may compile.
         self._weights: OwnWeights | GatheredWeights | None = None
-        self._native: NativeGenerator | None = None
+        self._native: NativeGenerator | DeviceGenerator | None = None
 
     @classmethod
     def from_pretrained(
@@ -226,7 +227,7 @@ class HybridEngine:
     def _sample(self, request: Request) -> dict[str, Any]:
         if isinstance(self.model, CausalLM) and native_available():
             if self._native is None:
-                self._native = NativeGenerator(self.model, self._weights_source())
+                self._native = generator_for(self.model, self._weights_source())
             return self._native.generate(request)
         if self._zero_stage() == 3:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
 from hybrid_engine.models.decoder import alibi_slopes
 from hybrid_kernels import native_module
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The factor of a layer's low-rank term, and the outputs of each of its (A, B) pairs."""
+
+    scale: float
+    splits: tuple[int, ...]
 
 
 class ProgramBuilder:
@@ -40,7 +49,7 @@ class ProgramBuilder:
         ``longest`` tokens.
 
         Raises:
-            UserError: parameters that the CPU kernels cannot read.
+            UserError: parameters that the kernels cannot read.
         """
         spec = self.model.spec
         idle = {
@@ -52,18 +61,26 @@ class ProgramBuilder:
         tensors = {
             name: tensor for name, tensor in self.weights.tensors().items() if name not in idle
         }
+        device = tensors["head.weight"].device
         for name, tensor in tensors.items():
-            _check_readable(name, tensor)
+            _check_readable(name, tensor, device)
         if spec.rope is not None:
-            cos, sin = rope_tables(spec.rope, longest, spec.max_positions)
+            cos, sin = rope_tables(spec.rope, longest, spec.max_positions, device)
             tensors |= {"rope_cos": cos, "rope_sin": sin}
         elif spec.positions == "alibi":
-            tensors["alibi_slopes"] = alibi_slopes(spec.heads)
+            tensors["alibi_slopes"] = alibi_slopes(spec.heads).to(device)
         return tensors
 
     def lora_scales(self) -> dict[str, float]:
         """The factor of every adapted linear layer's low-rank term."""
-        return {name: linear.lora_scale for name, linear in adapted_linears(self.model)}
+        return {name: adapter.scale for name, adapter in self.adapters().items()}
+
+    def adapters(self) -> dict[str, Adapter]:
+        """How the low-rank factors of every adapted linear layer apply."""
+        return {
+            name: Adapter(linear.lora_scale, tuple(linear.lora_splits))
+            for name, linear in adapted_linears(self.model)
+        }
 
     def build(self) -> Any:
         """A `DecodeProgram` of the native library; nothing is bound yet."""
@@ -100,7 +117,7 @@ class NativeGenerator:
                 request.params,
                 request.stop_tokens,
                 sample_ids=request.sample_ids,
-                expected_new=list(request.expected_lengths) or _lengths_of_drafts(request),
+                expected_new=list(request.expected_lengths) or lengths_of_drafts(request),
                 prompt_max_new=list(request.max_new_tokens),
                 drafts=[list(draft) for draft in request.drafts],
                 max_batch=request.max_batch,
@@ -176,16 +193,22 @@ def _one_list_a_sample(flat: dict[str, Any]) -> dict[str, Any]:
     return {**per_sample, "finish_reasons": flat["finish_reasons"], "counters": flat["counters"]}
 
 
-def _lengths_of_drafts(request: Request) -> list[float]:
+def lengths_of_drafts(request: Request) -> list[float]:
     """The longest draft of each prompt: what its samples will likely take."""
     lengths, n = [float(len(draft)) for draft in request.drafts], request.params.n
     return [max(lengths[i : i + n]) for i in range(0, len(lengths), n)]
 
 
-def _check_readable(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.device.type != "cpu":
-        what = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+def _check_readable(name: str, tensor: Tensor, device: torch.device) -> None:
+    readable = (torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else []))
+    if device.type not in ("cpu", "cuda") or tensor.dtype not in readable:
+        what = f"{str(tensor.dtype).removeprefix('torch.')} on {device.type}"
         raise UserError(
-            f"generation reads float32 or bfloat16 weights on the CPU, but {name} is {what}; "
-            'load the model with dtype="float32" or "bfloat16"'
+            f"generation reads float32 or bfloat16 weights on the CPU or a GPU, but {name} is "
+            f'{what}; load the model with dtype="float32" or "bfloat16"'
+        )
+    if tensor.device != device:
+        raise UserError(
+            f"generation reads all weights on one device, but {name} is on {tensor.device} and the "
+            f"head on {device}; move the whole model"
         )

@@ -40,15 +40,19 @@ LAYOUTS = {
 PROMPTS = random_prompts(6, vocab=97)
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request: pytest.FixtureRequest) -> CausalLM:
-    model = CausalLM(DecoderSpec(**LAYOUTS[request.param]))
+def random_layout(name: str) -> CausalLM:
+    model = CausalLM(DecoderSpec(**LAYOUTS[name]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = torch.randn(parameter.shape) * 0.3
             norm_weight = "norm" in name and name.endswith("weight")
             parameter.copy_(spread + 1.0 if norm_weight else spread)
     return model
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> CausalLM:
+    return random_layout(request.param)
 
 
 def test_captured_logprobs_are_those_of_training(layout: CausalLM) -> None:
