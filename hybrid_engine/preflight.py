@@ -18,8 +18,8 @@ def check(run: Run) -> None:
     Raises:
         UserError: a file or package that is missing, or a setting that this machine cannot serve.
     """
-    if torch.cuda.is_available():
-        run.reporter.warn("this version trains and generates on the CPU: the GPU stays idle")
+    if torch.cuda.is_available() and run.config.model.device == "cpu":
+        run.reporter.warn("this run is on the CPU and the GPU stays idle: --device cuda uses it")
     check_dtype(run.config)
     zero_stage = run.zero_stage  # reads the DeepSpeed file
     if 3 in run.config.steps:
@@ -102,7 +102,7 @@ def check_context(run: Run, policy: str, scorer: str) -> None:
 
 def check_dtype(config: RunConfig) -> None:
     dtype = config.model.dtype
-    if dtype == "float32":
+    if dtype == "float32" or config.model.device == "cuda":
         return
     if dtype == "float16":
         raise UserError("--dtype float16 cannot be trained on a CPU; give float32 or bfloat16")

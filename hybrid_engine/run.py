@@ -147,14 +147,14 @@ class Run:
 
     def load_policy(self, source: str, dropout: bool = False) -> CausalLM | ForeignCausalLM:
         """The policy to be trained; `dropout` says whether its adapters have theirs."""
-        from hybrid_engine.models import load_causal_lm
+        from hybrid_engine.models import load_causal_lm, placed
 
         model = self.config.model
         policy = load_causal_lm(
             source, model.dtype, self._lora(dropout), model.trainable_layers, self.config.seed
         )
         policy.gradient_checkpointing = model.gradient_checkpointing
-        return policy
+        return placed(policy)
 
     def load_scalar(
         self, source: str, trainable_layers: int = 0, dropout: bool = False
@@ -162,7 +162,7 @@ class Run:
         """A reward or value model: a trained one with its head, or a language model with a new
         one. `trainable_layers` 0 takes the policy's; `dropout` as for it.
         """
-        from hybrid_engine.models import load_scalar_model
+        from hybrid_engine.models import load_scalar_model, placed
 
         model = self.config.model
         scalar = load_scalar_model(
@@ -173,7 +173,7 @@ class Run:
             self.config.seed,
         )
         scalar.gradient_checkpointing = model.gradient_checkpointing
-        return scalar
+        return placed(scalar)
 
     def _lora(self, dropout: bool) -> LoRAConfig | None:
         from hybrid_engine.models import LoRAConfig
@@ -193,7 +193,9 @@ class Run:
         """A model that is only asked, never trained: `load` is load_causal_lm or
         load_scalar_model.
         """
-        return load(source, self.config.model.dtype).requires_grad_(False).eval()
+        from hybrid_engine.models import placed
+
+        return placed(load(source, self.config.model.dtype).requires_grad_(False).eval())
 
     def tokenizer(self, source: str) -> Any:
         from hybrid_engine.models import load_tokenizer

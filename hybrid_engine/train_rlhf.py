@@ -35,11 +35,12 @@ def run(config: RunConfig) -> int:
     directory. Returns the exit code.
     """
     from hybrid_engine import preflight
-    from hybrid_engine.distributed import process_group
+    from hybrid_engine.distributed import device, process_group
     from hybrid_engine.output import open_output
     from hybrid_engine.stages import reward, rlhf, sft
 
     steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
+    device.use_device(config.model.device)
     process_group.initialise()
     log = None
     try:

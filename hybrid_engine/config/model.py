@@ -24,6 +24,12 @@ class ModelConfig(Options):
     dtype: str = option(
         "float32", "parameter type", "--dtype", choices=("float32", "bfloat16", "float16")
     )
+    device: str = option(
+        "cpu",
+        "where models live: cpu, or cuda, which gives every rank the GPU of its local number",
+        "--device",
+        choices=("cpu", "cuda"),
+    )
     trainable_layers: int = option(
         0,
         "train only the last N blocks (and the final norm); 0 trains all of them",

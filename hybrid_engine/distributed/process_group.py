@@ -1,7 +1,7 @@
 """Start and end of torch.distributed, with or without a launcher.
 
 DeepSpeed is never left to discover MPI or to pick an accelerator: by the time it is imported the
-process group exists and `DS_ACCELERATOR` says CPU.
+process group exists and `DS_ACCELERATOR` says what `device.use_device` chose.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from hybrid_engine.distributed.device import compute_device, group_backend
 from hybrid_engine.distributed.env import RankEnv, rank_env
 from hybrid_engine.distributed.interface import interface_towards
 
@@ -47,7 +48,7 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     """Join the process group once, until the process ends; later calls return the same world.
 
     One process alone needs neither a port nor a launcher: its store lives in memory.
-    Tensors travel over gloo.
+    Tensors in CPU memory travel over gloo, those on GPUs over NCCL.
     """
     global _world
     if _world is not None:
@@ -58,10 +59,10 @@ def initialise(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     _report_uncaught()
     if env.world_size > env.local_world_size and (interface := interface_towards(env.master_addr)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # the kernels are; read when deepspeed is imported
+    os.environ["DS_ACCELERATOR"] = compute_device().type  # read when deepspeed is imported
     store = _open_store(env, timeout)
     dist.init_process_group(
-        "gloo",
+        group_backend(),
         store=dist.PrefixStore("group", store),
         rank=env.rank,
         world_size=env.world_size,

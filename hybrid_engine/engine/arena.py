@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -31,3 +32,30 @@ class Arena:
     def release(self) -> None:
         """Give the memory back; the contents are lost."""
         self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+class DeviceArena:
+    """The same on a GPU, from torch's allocator, which lends the memory to others in between. So
+    the address is fixed from the first use until :meth:`release`: for one generation phase.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = nbytes
+        self._device = device
+        self._storage: Tensor | None = None
+        self._first_use = threading.Lock()
+
+    @property
+    def storage(self) -> Tensor:
+        with self._first_use:
+            if self._storage is None:
+                self._storage = torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
+            return self._storage
+
+    def release(self) -> None:
+        """Give the memory back; the contents are lost."""
+        self._storage = None
+
+
+def arena_on(device: torch.device, nbytes: int) -> Arena | DeviceArena:
+    return Arena(nbytes) if device.type == "cpu" else DeviceArena(nbytes, device)

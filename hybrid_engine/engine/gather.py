@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybrid_engine.distributed.collectives import barrier, enter_phase, world_size
+from hybrid_engine.distributed.device import compute_device, on_own_device, weights_backend
 from hybrid_engine.distributed.process_group import initialise
-from hybrid_engine.engine.arena import Arena
+from hybrid_engine.engine.arena import arena_on
 from hybrid_engine.engine.gather_plan import GatherPlan, Part, plan_gather
 from hybrid_engine.models import CausalLM
 from hybrid_kernels import native_module, ops
@@ -64,7 +65,7 @@ class Staging:
         self.ranks = ranks
         slots = [plan.parts[first::_AHEAD] for first in range(_AHEAD)]
         self._widest = [max((part.shard_size for part in slot), default=0) for slot in slots]
-        self.arena = Arena((1 + ranks) * sum(self._widest))
+        self.arena = arena_on(compute_device(), (1 + ranks) * sum(self._widest))
 
     def buffers(self, number: int, part: Part) -> tuple[Tensor, Tensor]:
         """(own [S], all [ranks * S]) bytes of part 0, 1, ..., of which S are on each rank."""
@@ -86,11 +87,11 @@ class GatheredWeights:
 
     def __init__(self, model: CausalLM) -> None:
         self._plan = plan_gather(model, world_size())
-        self._weights = Arena(self._plan.size)
+        self._weights = arena_on(compute_device(), self._plan.size)
         self._staging = Staging(self._plan, world_size())
         # A group of its own: its collectives are ordered among themselves, whatever the main
         # thread sends meanwhile.
-        self._group = dist.new_group(backend="gloo", timeout=initialise().timeout)
+        self._group = dist.new_group(backend=weights_backend(), timeout=initialise().timeout)
         self.gate = native_module().WeightGate()
         self._failure = ""
         self.counters = GatherCounters()
@@ -98,12 +99,13 @@ class GatheredWeights:
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter by name, as views of the arena: filled once :attr:`gate` opens.
 
-        Except that the program reads small bfloat16 parameters when it is bound, so where there
-        are any everything is waited for here.
+        Except that the program on the CPU reads small bfloat16 parameters when it is bound, so
+        where there are any everything is waited for here.
         """
         storage = self._weights.storage
         tensors = {name: piece.view(storage) for name, piece in self._plan.names.items()}
-        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        on_cpu = storage.device.type == "cpu"
+        if on_cpu and any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             self._thread.join()
             self._raise_failure()
         return tensors
@@ -141,7 +143,8 @@ class GatheredWeights:
             arena_bytes=self._weights.nbytes, staging_bytes=self._staging.arena.nbytes
         )
         try:
-            self._gather_parts()
+            with on_own_device():
+                self._gather_parts()
         except Exception as error:  # the main thread raises it, which waits at the gate or joins
             self._failure = f"{_PHASE}: {error}; look at the other ranks' output for the cause"
             self.gate.fail(self._failure)

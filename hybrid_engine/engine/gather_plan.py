@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_engine.distributed.device import compute_device
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM
 
@@ -109,16 +110,18 @@ def shard_of(name: str, parameter: Any, world_size: int) -> Tensor:
     """This rank's part of a parameter that ZeRO-3 has cut over ``world_size`` ranks, flat.
 
     Raises:
-        UserError: it is stored in another way than plainly, in CPU memory.
+        UserError: it is stored in another way than plainly, on the device that computes.
     """
     shard, expected = parameter.ds_tensor, -(-parameter.ds_numel // world_size)
-    plain = shard.dtype == parameter.dtype and shard.device.type == "cpu"
+    here = compute_device().type
+    plain = shard.dtype == parameter.dtype and shard.device.type == here
     if not plain or shard.numel() != expected:
         found = f"{shard.numel()} x {str(shard.dtype).removeprefix('torch.')}"
         wanted = f"{expected} x {str(parameter.dtype).removeprefix('torch.')}"
         raise UserError(
-            f"generation under ZeRO-3 reads plain shards in CPU memory, but that of {name} is "
-            f"{found} on {shard.device.type} where {wanted} are expected; leave quantized weights, "
-            "MiCS and NVMe offload out of the DeepSpeed configuration"
+            f"generation under ZeRO-3 reads plain shards on the device that computes ({here}), but "
+            f"that of {name} is {found} on {shard.device.type} where {wanted} are expected; leave "
+            "quantized weights, MiCS, NVMe offload and, on GPUs, offloaded parameters out of the "
+            "DeepSpeed configuration"
         )
     return shard

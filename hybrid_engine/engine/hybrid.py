@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank
+from hybrid_engine.distributed.device import use_device
 from hybrid_engine.engine.device import DeviceGenerator, generator_for
 from hybrid_engine.engine.end_tokens import end_token_ids
 from hybrid_engine.engine.foreign_generate import foreign_generate
@@ -31,6 +32,7 @@ from hybrid_engine.models import (
     LoRAConfig,
     load_causal_lm,
     load_tokenizer,
+    placed,
     save_adapter,
     save_model,
 )
@@ -91,15 +93,18 @@ class HybridEngine:
         optimizer: OptimizerConfig | None = None,
         total_steps: int = 1,
         base: str | Path | None = None,
+        device: str = "cpu",
         **options: Any,
     ) -> HybridEngine:
         """Load a model or a PEFT adapter (on the base that it names, or ``base``), local or hub's.
 
         A ``deepspeed_config`` (it may be empty) makes the engine trainable; ``optimizer`` and
         ``total_steps`` are those of `TrainEngine`, by default a constant learning rate, for which
-        the number of steps does not matter. ``options`` as in the constructor.
+        the number of steps does not matter. ``device`` is ``"cpu"``, or ``"cuda"`` for this rank's
+        GPU; one process keeps to one. ``options`` as in the constructor.
         """
-        model = load_causal_lm(path, dtype, lora, base=base)
+        use_device(device)
+        model = placed(load_causal_lm(path, dtype, lora, base=base))
         train_engine = None
         if deepspeed_config is not None:
             optimizer = optimizer or OptimizerConfig(schedule="constant", warmup_ratio=0.0)

@@ -72,7 +72,7 @@ def _columns(samples: list[_Sample]) -> dict[str, Any]:
 
 
 def _draw(model: CausalLM, live: list[_Sample], params: SamplingParams) -> Any:
-    batch = pack([sample.prompt + sample.tokens for sample in live])
+    batch = pack([sample.prompt + sample.tokens for sample in live]).to(model.device)
     hidden = model.decoder(batch, rows=last_rows(batch))
     (logits,) = model.head(hidden)
     return ops.sample(
@@ -81,8 +81,8 @@ def _draw(model: CausalLM, live: list[_Sample], params: SamplingParams) -> Any:
         params.top_k,
         params.top_p,
         params.seed,
-        _int64([sample.sample_id for sample in live]),
-        _int64([len(sample.tokens) for sample in live]),
+        _int64([sample.sample_id for sample in live]).to(model.device),
+        _int64([len(sample.tokens) for sample in live]).to(model.device),
     )
 
 

@@ -61,6 +61,7 @@ class TrainEngine:
         self._config = optimizer
         self._total_steps = total_steps
         self._name = name
+        self._device = next(module.parameters()).device
         self._settings = settings.complete(
             settings.without_owned(dict(deepspeed_config or {}), "deepspeed_config"),
             _trained_dtype(module),
@@ -113,7 +114,7 @@ class TrainEngine:
         scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
         scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
         with waiting(f"{self._name}: backward"):
-            self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            self._engine.backward((loss_sum * scale).to(self._device), scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip, update, clear gradients. Returns the global gradient norm before clipping.

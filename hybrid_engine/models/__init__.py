@@ -14,6 +14,7 @@ from .lora import (
     merged_weight,
 )
 from .packing import PackedBatch, last_rows, pack, response_rows, span_rows, unpack
+from .placing import placed
 from .rope import rope_tables
 from .saving import save_adapter, save_model
 from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
@@ -46,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "merged_weight",
     "pack",
+    "placed",
     "response_rows",
     "rope_tables",
     "save_adapter",

@@ -64,6 +64,11 @@ class NativeModel(nn.Module):
         self.base: Base | None = None  # what they were added to, if it was loaded for that
 
     @property
+    def device(self) -> torch.device:
+        """Where its parameters are. Arguments may come from elsewhere, and results go back."""
+        return next(self.parameters()).device
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Recompute each trainable block's activations in the backward pass."""
         return self.decoder.gradient_checkpointing
@@ -100,12 +105,15 @@ class CausalLM(NativeModel):
         With ``thresholds [N]`` the scores are over the logits that reach them: the distribution
         that truncated sampling drew from. Full logits never exist.
         """
-        hidden = self.decoder(batch, trunk, rows)
-        return TokenScores(*self.head(hidden, targets, temperature, thresholds))
+        device, home = self.device, rows.device
+        hidden = self.decoder(batch.to(device), trunk, rows.to(device))
+        thresholds = None if thresholds is None else thresholds.to(device)
+        scores = self.head(hidden, targets.to(device), temperature, thresholds)
+        return TokenScores(*(values.to(home) for values in scores))
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Next-token logits of every row ``[T, V]``: for tests and chat, not for training."""
-        (logits,) = self.head(self.decoder(batch))
+        (logits,) = self.head(self.decoder(batch.to(self.device)))
         return logits
 
 
@@ -121,4 +129,6 @@ class ScalarModel(NativeModel):
 
     def forward(self, batch: PackedBatch, rows: Tensor, trunk: Trunk | None = None) -> Tensor:
         """Scores of packed rows ``rows [N]`` -> ``[N]``."""
-        return self.score(self.decoder(batch, trunk, rows)).squeeze(-1)
+        device = self.device
+        hidden = self.decoder(batch.to(device), trunk, rows.to(device))
+        return self.score(hidden).squeeze(-1).to(rows.device)

@@ -50,13 +50,15 @@ class PackedBatch(NamedTuple):
 
     def at_places(self, values: Tensor) -> Tensor:
         """Rows ``[T, ...]`` as the sequences have them, ``[places, ...]``."""
-        return values if self.row_of is None else values.index_select(0, self.row_of)
+        return values if self.row_of is None else _rows(values, self.row_of)
 
     def at_rows(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`at_places` for values that shared places agree on."""
-        return values if self.place_of is None else values.index_select(0, self.place_of)
+        return values if self.place_of is None else _rows(values, self.place_of)
 
     def to(self, device: torch.device | str) -> PackedBatch:
+        if self.input_ids.device == torch.device(device):
+            return self
         return PackedBatch(
             self.input_ids.to(device),
             self.positions.to(device),
@@ -65,6 +67,10 @@ class PackedBatch(NamedTuple):
             None if self.row_of is None else self.row_of.to(device),
             None if self.place_of is None else self.place_of.to(device),
         )
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index.to(values.device))
 
 
 def pack(

@@ -24,7 +24,7 @@ class Trunk(NamedTuple):
 @torch.no_grad()
 def compute_trunk(model: NativeModel, batch: PackedBatch, stop: int) -> Trunk:
     """Run embedding and blocks ``[0, stop)`` once, for every model that shares them."""
-    decoder = model.decoder
+    decoder, batch = model.decoder, batch.to(model.device)
     return Trunk(decoder.run_blocks(decoder.embed(batch), batch, 0, stop), stop)
 
 
