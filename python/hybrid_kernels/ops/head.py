@@ -6,15 +6,18 @@ On CUDA, tensors may also be float16 or bfloat16; the logits of up to 256 rows (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.ops._dispatch import register, use_native_with_weight, widened
-from hybrid_kernels.ops.linear import linear, matmul
-from hybrid_kernels.ops.sampling import Sample
+from hybrid_kernels.ops._exact import exact, triton_scores
+from hybrid_kernels.ops.linear import linear, logits_of, matmul
+from hybrid_kernels.ops.sampling import Sample, sample, token_logprobs
 from hybrid_kernels.reference import sampling as reference
 
 
@@ -50,13 +53,20 @@ def linear_token_logprobs(
     """
     if chunk_rows < 1:
         raise ValueError(f"linear_token_logprobs: chunk_rows is {chunk_rows}; expected at least 1")
+    if exact(hidden):
+        return _chunked(_exact_scores, hidden, weight, targets, temperature, thresholds, chunk_rows)
+    if triton_scores(hidden, weight, thresholds):
+        logprob, entropy, _, _ = torch.ops.hybrid_kernels_triton.linear_token_logprobs(
+            hidden, weight, targets, temperature
+        )
+        return logprob, entropy
     if use_native_with_weight("linear_token_logprobs", hidden, weight):
         logprob, entropy, _, _ = torch.ops.hybrid_kernels.linear_token_logprobs(
             hidden, weight, targets, temperature, thresholds, chunk_rows
         )
         return logprob, entropy
     weight = widened(weight, hidden)
-    return _chunked_reference(hidden, weight, targets, temperature, thresholds, chunk_rows)
+    return _chunked(_plain_scores, hidden, weight, targets, temperature, thresholds, chunk_rows)
 
 
 def linear_sample(
@@ -83,13 +93,24 @@ def linear_sample(
         ValueError: as :func:`sample`.
     """
     rule = (temperature, top_k, top_p, seed, sample_ids, positions)
+    if exact(hidden):
+        return sample(logits_of(hidden, weight), *rule)
     if not use_native_with_weight("linear_sample", hidden, weight):
         weight = widened(weight, hidden)
         return Sample(*reference.sample(hidden @ weight.T, *rule))
     return Sample(*torch.ops.hybrid_kernels.linear_sample(hidden, weight, *rule))
 
 
-def _chunked_reference(
+def _plain_scores(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return reference.token_logprobs(hidden @ weight.T, *rest)
+
+
+def _exact_scores(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return token_logprobs(logits_of(hidden, weight), *rest)
+
+
+def _chunked(
+    scores: Callable[..., Any],
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -98,11 +119,11 @@ def _chunked_reference(
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
     def score(hidden: Tensor, targets: Tensor, thresholds: Tensor | None) -> Any:
-        return reference.token_logprobs(hidden @ weight.T, targets, temperature, thresholds)
+        return scores(hidden, weight, targets, temperature, thresholds)
 
     if not len(targets):
         return score(hidden, targets, thresholds)
-    scores = [
+    parts = [
         checkpoint(
             score,
             hidden[rows],
@@ -112,7 +133,7 @@ def _chunked_reference(
         )
         for rows in _chunks(len(targets), chunk_rows)
     ]
-    logprobs, entropies = zip(*scores, strict=True)
+    logprobs, entropies = zip(*parts, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)
 
 
@@ -176,4 +197,19 @@ register(
         *(_row(hidden) for _ in range(5)),
     ),
     half_on_cuda=True,
+)
+
+
+def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _setup(ctx, (*inputs, None, 256), output)
+
+
+def _triton_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, *grads)[:4]
+
+
+torch.library.register_autograd(
+    "hybrid_kernels_triton::linear_token_logprobs",
+    once_differentiable(_triton_backward),
+    setup_context=_triton_setup,
 )

@@ -3,7 +3,8 @@
 LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 On CUDA, tensors may also be float16 or bfloat16; up to 16 rows run a kernel with one order of sums,
-more rows and `matmul` run cuBLAS, whose order is its own.
+more rows and `matmul` run cuBLAS, whose order is its own. With ``HYBRID_KERNELS_EXACT=1`` any
+number of rows runs one Triton kernel (`ops._exact`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hybrid_kernels import reference
 from hybrid_kernels.ops._dispatch import register, use_native, use_native_with_weight, widened
+from hybrid_kernels.ops._exact import exact
 
 
 def linear(
@@ -52,11 +55,18 @@ def linear(
     if (lora_a is None) != (lora_b is None):
         raise ValueError("linear: lora_a and lora_b come together; expected both or none")
     splits = list(lora_splits or ([] if lora_a is None else [weight.shape[0]]))
+    if exact(x):
+        return exact_linear(x, weight, bias, lora_a, lora_b, lora_scale, splits, False)
     bias, lora_a, lora_b = (widened(part, x) for part in (bias, lora_a, lora_b))
     if not use_native_with_weight("linear", x, weight, bias, lora_a, lora_b):
         weight = widened(weight, x)
         return reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
     return torch.ops.hybrid_kernels.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+
+
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``hidden W^T`` in float32, unrounded, where products are exact on CUDA."""
+    return exact_linear(hidden, weight, None, None, None, 1.0, [], True)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -138,3 +148,26 @@ def _grad_b(grad: Tensor, projected: Tensor, splits: list[int]) -> Tensor:
 
 register("linear", _fake, setup_context=_setup, backward=_backward, half_on_cuda=True)
 register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), half_on_cuda=True)
+
+
+# Triton's kernel has the same backward; its sums may come unrounded, in float32.
+
+
+def exact_linear(*arguments: Any) -> Tensor:
+    """`ops._exact`'s operator."""
+    return torch.ops.hybrid_kernels_triton.linear(*arguments)
+
+
+def _exact_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup(ctx, inputs[:-1], output)
+
+
+def _exact_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(ctx, grad_y.to(ctx.weight_dtype)), None
+
+
+torch.library.register_autograd(
+    "hybrid_kernels_triton::linear",
+    once_differentiable(_exact_backward),
+    setup_context=_exact_setup,
+)
