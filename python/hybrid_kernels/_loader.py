@@ -1,6 +1,6 @@
 """Finds the native library: built ahead of time, else built now into a user cache, else absent.
 
-Environment variables (these four are all that the kernel library reads):
+Environment variables (these five are all that the kernel library reads):
 
 ``HYBRID_KERNELS_BUILD``
     ``auto`` (default), ``cpu`` and ``cuda`` allow a build at first use, ``none`` forbids it.
@@ -15,6 +15,9 @@ Environment variables (these four are all that the kernel library reads):
     ``~/.cache/hybrid_kernels``.
 ``HYBRID_KERNELS_ISA``
     ``generic``, ``avx2`` or ``avx512``: run on a lower instruction set than the processor's best.
+``HYBRID_KERNELS_EXACT``
+    ``1``: on a GPU, `linear` keeps one order of sums whatever the number of rows, by way of Triton
+    (`ops._exact`). On the CPU that is always so.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,12 @@ from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.engine.weights import OwnWeights
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapters_disabled
+from hybrid_kernels import native_module
 from tests.engine.rollouts import assert_same, random_prompts, run
 from tests.engine.tape import FakeCuda, TapeRecorder
 from tests.engine.test_layouts import LAYOUTS, random_layout
 from tests.engine.test_layouts import PROMPTS as LAYOUT_PROMPTS
+from tests.engine.test_weight_gate import parts_of
 
 PROMPTS = random_prompts(8)
 STOPS = tuple(range(0, 260, 25))
@@ -256,6 +259,27 @@ def test_a_phase_that_ends_lets_go_of_weights_and_cache(engine: HybridEngine) ->
         engine.generate(PROMPTS, RULES["plain"])
         assert engine._native._kept is not None
     assert engine._native._kept is None
+
+
+def test_nothing_is_read_before_it_has_arrived(model: CausalLM) -> None:
+    """Weights that come while the first pass runs: each part is NaN until it is announced."""
+    expected = run(model, PROMPTS, RULES["plain"], STOPS)
+    weights = OwnWeights(model)
+    weights.gate = native_module().WeightGate()
+    parts = [[p.detach() for p in part] for part in parts_of(model)]
+    kept = [[p.clone() for p in part] for part in parts]
+    for parameter in (p for part in parts for p in part):
+        parameter.fill_(torch.nan)
+
+    def bring() -> None:
+        for number, (part, values) in enumerate(zip(parts, kept, strict=True)):
+            for parameter, value in zip(part, values, strict=True):
+                parameter.copy_(value)
+            weights.gate.open(number)
+
+    threading.Timer(0.05, bring).start()
+    assert_same(on_device(DeviceGenerator(model, weights, lag=2), RULES["plain"]), expected)
+    assert weights.gate.waited_seconds > 0
 
 
 # Recording.
