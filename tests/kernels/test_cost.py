@@ -17,6 +17,13 @@ from hybrid_kernels import cost, native_module, ops, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH = 96, 1024
+COSTS_OF_PRODUCTS = (
+    "linear",
+    "linear_token_logprobs",
+    "linear_sample",
+    "triton linear",
+    "triton linear_token_logprobs",
+)
 
 
 class CountsBytes(TorchDispatchMode):
@@ -56,8 +63,11 @@ def calls() -> dict[str, tuple[Callable[[], Any], dict[str, int]]]:
     q, k = torch.randn(ROWS, 12, 64), torch.randn(ROWS, 4, 64)
     cos, sin = torch.randn(2, 8, 32)
     positions = torch.zeros(ROWS, dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, ROWS], dtype=torch.int32)
+    heads = {"T": ROWS, "H": 12, "KH": 4, "D": 64, "s": s}
     few, weight = torch.randn(2, 512), torch.randn(1024, 512)
     e, v = {"n": n, "s": s}, {"V": WIDTH, "M": ROWS, "s": s}
+    head = {"M": 2, "V": 1024, "K": 512, "s": s}
     return {
         "rms_norm": (lambda: ops.rms_norm(x, w, 1e-5), e),
         "add_rms_norm": (lambda: ops.add_rms_norm(x, y, w, 1e-5), e),
@@ -79,6 +89,16 @@ def calls() -> dict[str, tuple[Callable[[], Any], dict[str, int]]]:
             lambda: ops.lora_merge(x, torch.randn(1, WIDTH), torch.randn(ROWS, 1), 1.0, [ROWS]), e
         ),
         "linear": (lambda: ops.linear(few, weight), {"N": 1024, "K": 512, "M": 2, "s": s}),
+        "linear_token_logprobs": (
+            lambda: ops.linear_token_logprobs(few, weight, targets[:2]), head
+        ),
+        "linear_sample": (
+            lambda: ops.linear_sample(few, weight, 1.0, 0, 1.0, 0, ids[:2], ids[:2]), head
+        ),
+        "attention": (lambda: ops.attention(q, k, k, cu_seqlens, 1.0), heads),
+        "attention_backward": (
+            grad(lambda a, c, d: ops.attention(a, c, d, cu_seqlens, 1.0), q, k, k.clone()), heads
+        ),
         "rope": (
             lambda: ops.rope(q, k, cos, sin, positions), {"n": q.numel() + k.numel(), "s": s}
         ),
@@ -108,13 +128,14 @@ def test_products_are_those_of_plain_torch() -> None:
     with FlopCounterMode(display=False) as counter:
         reference.linear(x, weight, None, None, None, 1.0, [])
     sizes = {"M": 5, "N": 48, "K": 32, "V": 48, "s": 4}
-    for name in ("linear", "triton linear", "triton linear_token_logprobs"):
+    for name in COSTS_OF_PRODUCTS:
         assert cost.COSTS[name].flops(sizes) == counter.get_total_flops(), name
     q, k, v = torch.randn(6, 1, 16), torch.randn(6, 40, 16), torch.randn(6, 40, 16)
     with FlopCounterMode(display=False) as counter:  # one query of 6 heads, 40 keys
         (q @ k.transpose(1, 2)).softmax(-1) @ v
-    sizes = {"D": 16, "H": 6, "KH": 2, "keys": 40}
-    assert cost.COSTS["paged_attention"].flops(sizes) == counter.get_total_flops()
+    sizes = {"D": 16, "H": 6, "KH": 2, "keys": 40, "T": 1}
+    for name in ("paged_attention", "attention"):
+        assert cost.COSTS[name].flops(sizes) == counter.get_total_flops(), name
 
 
 def test_the_documents_state_the_formulas() -> None:

@@ -204,8 +204,8 @@ print(peak() - before, rows * vocab * 4 / 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_logits_are_never_in_memory() -> None:
-    """128 MiB of them, if they were; three floats in 64 are 6 MiB, the blocks drawn from 4 MiB."""
+    """128 MiB of them, if they were; three floats in 64 are 6 MiB, the blocks drawn from 16 MiB."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     grown, logits = map(float, result.stdout.split())
-    assert grown < logits / 4
+    assert grown < logits / 3
