@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <variant>
 
 #include "engine/decode_program.h"
 #include "engine/engine.h"
@@ -70,14 +71,43 @@ DecoderSpec spec_from_dict(const py::dict& dict) {
   return spec;
 }
 
-TensorView view_of(const std::string& name, const at::Tensor& tensor) {
+Slices slices_from_dict(const py::dict& dict) {
+  const auto begins = [&](const char* name) { return field<std::vector<int64_t>>(dict, name); };
+  return {field<int64_t>(dict, "rank"), begins("heads"), begins("intermediate"), begins("hidden"), begins("embed"),
+          begins("vocab")};
+}
+
+// A parameter, or the parts of it that a rank reads, one after another.
+using Pieces = std::variant<at::Tensor, std::vector<at::Tensor>>;
+
+std::vector<at::Tensor> pieces_of(Pieces pieces) {
+  if (auto* whole = std::get_if<at::Tensor>(&pieces)) return {*whole};
+  return std::get<std::vector<at::Tensor>>(std::move(pieces));
+}
+
+void append(const std::string& name, const at::Tensor& tensor, TensorView& view) {
   const auto expect = [&](bool ok, const char* expected, const std::string& got) {
     if (!ok) throw py::value_error("bind: parameter '" + name + "' expected " + expected + ", got " + got);
   };
   expect(tensor.device().is_cpu(), "a CPU tensor", tensor.device().str());
   expect(tensor.scalar_type() == weight_type(tensor), "float32 or bfloat16", c10::toString(tensor.scalar_type()));
   expect(tensor.is_contiguous(), "a contiguous tensor", "one with other strides");
-  return {weight_of(tensor), tensor.sizes().vec()};
+  const int64_t rows = tensor.dim() == 0 ? 1 : tensor.size(0);
+  if (view.pieces.empty()) {
+    view.shape = tensor.sizes().vec();
+  } else {
+    expect(tensor.dim() > 0 && tensor.sizes().slice(1) == c10::IntArrayRef(view.shape).slice(1),
+           "pieces that differ in their first size alone", "others");
+    view.shape[0] += rows;
+  }
+  view.pieces.push_back({weight_of(tensor), rows});
+}
+
+TensorView view_of(const std::string& name, const std::vector<at::Tensor>& pieces) {
+  if (pieces.empty()) throw py::value_error("bind: parameter '" + name + "' has no pieces");
+  TensorView view;
+  for (const at::Tensor& piece : pieces) append(name, piece, view);
+  return view;
 }
 
 // One value a token, all responses end to end.
@@ -164,20 +194,30 @@ class Heartbeat {
   } catch (py::error_already_set& error) {
     error.value().attr("partial") = partial;
     throw;
+  } catch (const PeerLost& error) {
+    py::set_error(PyExc_RuntimeError, error.what());
+    py::error_already_set raised;
+    raised.value().attr("partial") = partial;
+    throw raised;
   }
 }
 
 // DecodeProgram with the tensors that its pointers belong to.
 class BoundProgram {
  public:
-  explicit BoundProgram(const py::dict& spec) : program_(spec_from_dict(spec)) {}
+  BoundProgram(DecoderSpec spec, Slices slices, std::shared_ptr<Peers> peers)
+      : program_(std::move(spec), std::move(slices), std::move(peers)) {}
 
-  void bind(std::map<std::string, at::Tensor> tensors, const std::map<std::string, float>& lora_scales,
+  void bind(std::map<std::string, Pieces> parameters, const std::map<std::string, float>& lora_scales,
             std::shared_ptr<WeightGate> gate) {
     refuse_while_running("bind");
     TensorTable table;
-    for (const auto& [name, tensor] : tensors) table.emplace(name, view_of(name, tensor));
-    program_.bind(resolve_weights(program_.spec(), table, lora_scales), std::move(gate));
+    std::map<std::string, std::vector<at::Tensor>> tensors;
+    for (auto& [name, pieces] : parameters) {
+      tensors[name] = pieces_of(std::move(pieces));
+      table.emplace(name, view_of(name, tensors[name]));
+    }
+    program_.bind(resolve_weights(program_.spec(), program_.slices(), table, lora_scales), std::move(gate));
     tensors_ = std::move(tensors);
   }
 
@@ -194,7 +234,9 @@ class BoundProgram {
 
   std::map<std::string, uintptr_t> bound_pointers() const {
     std::map<std::string, uintptr_t> pointers;
-    for (const auto& [name, tensor] : tensors_) pointers[name] = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    for (const auto& [name, pieces] : tensors_) {
+      pointers[name] = reinterpret_cast<uintptr_t>(pieces.front().const_data_ptr());
+    }
     return pointers;
   }
 
@@ -221,7 +263,9 @@ class BoundProgram {
   // Everything that the rollout read and wrote, were it alone in the process.
   void declare_memory(const py::dict& counters, const GenerateCounters& counted) const {
     std::map<const void*, int64_t> storages;  // a tied head is there once
-    for (const auto& [name, tensor] : tensors_) storages[tensor.const_data_ptr()] = static_cast<int64_t>(tensor.nbytes());
+    for (const auto& [name, pieces] : tensors_) {
+      for (const at::Tensor& piece : pieces) storages[piece.const_data_ptr()] = static_cast<int64_t>(piece.nbytes());
+    }
     int64_t weights = 0;
     for (const auto& [pointer, bytes] : storages) weights += bytes;
     counters["weight_bytes"] = weights;
@@ -233,7 +277,7 @@ class BoundProgram {
   }
 
   DecodeProgram program_;
-  std::map<std::string, at::Tensor> tensors_;
+  std::map<std::string, std::vector<at::Tensor>> tensors_;
   bool running_ = false;
 };
 
@@ -253,12 +297,44 @@ void register_gate(py::module_& m) {
       .def_property_readonly("waited_seconds", &WeightGate::waited_seconds, "Since it was last closed.");
 }
 
+// The shared memory with what keeps it mapped.
+class SharedPeers : public Peers {
+ public:
+  SharedPeers(at::Tensor memory, int64_t rank, int64_t ranks, int64_t first_rank, double timeout)
+      : Peers(checked(memory, ranks), rank, ranks, first_rank, timeout, check_signals), memory_(std::move(memory)) {}
+
+ private:
+  static std::byte* checked(const at::Tensor& memory, int64_t ranks) {
+    if (memory.scalar_type() != at::kByte || !memory.is_contiguous() || memory.numel() != bytes_for(ranks)) {
+      throw py::value_error("Peers: memory must be " + std::to_string(bytes_for(ranks)) + " contiguous bytes");
+    }
+    return static_cast<std::byte*>(memory.mutable_data_ptr());
+  }
+  at::Tensor memory_;
+};
+
+void register_peers(py::module_& m) {
+  py::class_<SharedPeers, std::shared_ptr<SharedPeers>>(m, "Peers", "Ranks that generate together: csrc/common/peers.h.")
+      .def(py::init<at::Tensor, int64_t, int64_t, int64_t, double>(), py::arg("memory"), py::arg("rank"),
+           py::arg("ranks"), py::arg("first_rank"), py::arg("timeout"))
+      .def_static("bytes_for", &SharedPeers::bytes_for, py::arg("ranks"), "Size of the memory that they share.")
+      .def_property_readonly("position", &SharedPeers::position)
+      .def("begin", &SharedPeers::begin, py::arg("position"))
+      .def("leave", &SharedPeers::leave, "Ends the rollout for the ranks that wait for this one.");
+}
+
 void register_program(py::module_& m) {
   py::class_<BoundProgram>(m, "DecodeProgram", "Generates from a decoder's own parameters; see csrc/engine.")
-      .def(py::init<const py::dict&>(), py::arg("spec"))
-      .def("bind", &BoundProgram::bind, py::arg("tensors"), py::arg("lora_scales") = std::map<std::string, float>{},
+      .def(py::init([](const py::dict& spec, const std::optional<py::dict>& slices, std::shared_ptr<SharedPeers> peers) {
+             const DecoderSpec decoder = spec_from_dict(spec);
+             const Slices parts = slices ? slices_from_dict(*slices) : Slices::whole(decoder);
+             return std::make_unique<BoundProgram>(decoder, parts, std::move(peers));
+           }),
+           py::arg("spec"), py::arg("slices") = py::none(), py::arg("peers") = std::shared_ptr<SharedPeers>{})
+      .def("bind", &BoundProgram::bind, py::arg("parameters"), py::arg("lora_scales") = std::map<std::string, float>{},
            py::arg("gate") = std::shared_ptr<WeightGate>{},
-           "Takes the data pointers of float32 or bfloat16 CPU tensors; keeps them alive until unbind(). With a gate the "
+           "Takes the data pointers of float32 or bfloat16 CPU tensors, or of the row ranges that are this rank's; keeps "
+           "them alive until unbind(). With a gate the "
            "contents of float32 ones may come later: generate() waits for each part.")
       .def("unbind", &BoundProgram::unbind)
       .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
@@ -344,6 +420,7 @@ void register_scheduler(py::module_& m) {
 
 void register_engine(py::module_& m) {
   register_gate(m);
+  register_peers(m);
   register_program(m);
   register_scheduler(m);
 }

@@ -28,8 +28,8 @@ class Timer {
 class Rollout {
  public:
   Rollout(const GenerateRequest& request, const std::vector<PromptRequest>& queue, Scheduler& scheduler,
-          Forward& forward)
-      : request_(request), queue_(queue), scheduler_(scheduler), forward_(forward) {
+          Forward& forward, Peers* peers)
+      : request_(request), queue_(queue), scheduler_(scheduler), forward_(forward), peers_(peers) {
     result_.responses.resize(request.prompts.size() * request.samples_per_prompt);
   }
 
@@ -44,8 +44,8 @@ class Rollout {
         between_passes(progress());
       } catch (...) {
         result_.interruption = std::current_exception();
-        break;
       }
+      if (ended_by_anyone()) break;
     }
     result_.counters.preemptions = scheduler_.preemptions();
     return std::move(result_);
@@ -56,6 +56,17 @@ class Rollout {
     int64_t logit_row, sample;
     int64_t position;  // in the response
   };
+
+  // Ranks that generate together stop together.
+  bool ended_by_anyone() {
+    const bool mine = result_.interruption != nullptr;
+    if (peers_ == nullptr || !peers_->any(mine)) return mine;
+    if (!mine) {
+      result_.interruption = std::make_exception_ptr(
+          PeerLost("another rank ended the rollout that this rank shares with it; look at its output for the cause"));
+    }
+    return true;
+  }
 
   void assemble(const std::vector<PassItem>& items) {
     pass_.clear();
@@ -205,6 +216,7 @@ class Rollout {
   const std::vector<PromptRequest>& queue_;
   Scheduler& scheduler_;
   Forward& forward_;
+  Peers* peers_;
   GenerateResult result_;
   Pass pass_;
   std::vector<int64_t> tokens_of_rows_;
@@ -238,6 +250,13 @@ int64_t rows_beyond_decoding(const std::vector<PromptRequest>& queue, bool may_p
 }
 
 }  // namespace
+
+DecodeProgram::DecodeProgram(DecoderSpec spec, Slices slices, std::shared_ptr<Peers> peers)
+    : spec_(std::move(spec)), slices_(std::move(slices)), peers_(std::move(peers)) {
+  spec_.validate();
+  slices_.validate(spec_);
+  require((peers_ ? peers_->ranks() : 1) == slices_.ranks(), "there must be slices for every rank of the group");
+}
 
 void DecodeProgram::check(const GenerateRequest& request) const {
   if (!weights_) throw std::logic_error("DecodeProgram::generate: bind() comes first");
@@ -303,7 +322,9 @@ std::vector<PromptRequest> DecodeProgram::plan(const GenerateRequest& request) c
 int64_t DecodeProgram::block_count(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const {
   const int64_t enough = Scheduler::enough_blocks(queue, request.max_batch);
   if (request.kv_bytes == 0) return enough;
-  const int64_t block_bytes = KvArena::block_bytes({spec_.kv_heads, spec_.head_dim}, spec_.num_layers);
+  // Ranks schedule alike, so what fits is what fits the rank with most heads.
+  const KvCacheLayout widest{slices_.most_kv_heads(spec_), spec_.head_dim};
+  const int64_t block_bytes = KvArena::block_bytes(widest, spec_.num_layers);
   const int64_t affordable = request.kv_bytes / block_bytes;
   for (size_t i = 0; i < queue.size(); ++i) {
     const int64_t least = Scheduler::least_blocks(queue[i]);
@@ -318,13 +339,23 @@ int64_t DecodeProgram::block_count(const std::vector<PromptRequest>& queue, cons
 KvArena& DecodeProgram::take_arena(int64_t blocks) {
   if (arena_ == nullptr || arena_->blocks() < blocks) {
     arena_.reset();  // before the new one: never both
-    arena_ = std::make_unique<KvArena>(KvCacheLayout{spec_.kv_heads, spec_.head_dim}, spec_.num_layers, blocks);
+    arena_ = std::make_unique<KvArena>(KvCacheLayout{slices_.kv_heads(spec_), spec_.head_dim}, spec_.num_layers, blocks);
   }
   return *arena_;
 }
 
 GenerateResult DecodeProgram::generate(const GenerateRequest& request,
                                        const std::function<void(const Progress&)>& between_passes) {
+  try {
+    return serve(request, between_passes);
+  } catch (...) {
+    if (peers_) peers_->leave();  // or they would wait for this rank
+    throw;
+  }
+}
+
+GenerateResult DecodeProgram::serve(const GenerateRequest& request,
+                                    const std::function<void(const Progress&)>& between_passes) {
   check(request);
   const std::vector<PromptRequest> queue = plan(request);
   const int64_t blocks = block_count(queue, request);
@@ -350,13 +381,13 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
   const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
   const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
-  Forward forward(spec_, *weights_, gate_.get(), arena, prefill_rows + batch, logit_rows);
+  Forward forward(spec_, slices_, *weights_, gate_.get(), peers_.get(), arena, prefill_rows + batch, logit_rows);
   const PoolRegion threads;
-  GenerateResult result = Rollout(request, queue, scheduler, forward).run(between_passes);
+  GenerateResult result = Rollout(request, queue, scheduler, forward, peers_.get()).run(between_passes);
   result.counters.block_bytes = KvArena::block_bytes(arena.layout(), spec_.num_layers);
   result.counters.arena_blocks = blocks;
   result.counters.peak_blocks = pool.peak_used();
-  result.counters.scratch_bytes = forward.scratch_bytes() + kernel_memory_bytes;
+  result.counters.scratch_bytes = forward.scratch_bytes() + kernel_memory_bytes + (peers_ ? peers_->bytes() : 0);
   return result;
 }
 

@@ -11,6 +11,7 @@
 #include "engine/forward.h"
 #include "engine/kv_blocks.h"
 #include "engine/scheduler.h"
+#include "engine/slices.h"
 #include "engine/spec.h"
 #include "engine/weight_gate.h"
 #include "engine/weights.h"
@@ -77,7 +78,9 @@ struct Progress {
 
 class DecodeProgram {
  public:
-  explicit DecodeProgram(DecoderSpec spec) : spec_(std::move(spec)) { spec_.validate(); }
+  // With peers, this is one rank of a tensor-parallel group: all of them are given the same requests, take the same steps
+  // and return the same result, and each computes its slices.
+  DecodeProgram(DecoderSpec spec, Slices slices, std::shared_ptr<Peers> peers);
 
   // With a gate the weights need not be there yet; generate() waits at it for each part.
   void bind(ModelWeights weights, std::shared_ptr<WeightGate> gate) {
@@ -90,8 +93,10 @@ class DecodeProgram {
   }
   void release_cache() { arena_.reset(); }
   const DecoderSpec& spec() const { return spec_; }
+  const Slices& slices() const { return slices_; }
 
-  // `between_passes` runs after every pass; what it throws ends the call and is handed back with what is finished.
+  // `between_passes` runs after every pass; what it throws ends the call, on all ranks of a group after the same pass, and
+  // is handed back with what is finished; the other ranks are handed PeerLost.
   // Throws std::invalid_argument for a request that cannot be served, std::domain_error for logits that are not finite.
   GenerateResult generate(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);
 
@@ -101,8 +106,11 @@ class DecodeProgram {
   std::vector<PromptRequest> plan(const GenerateRequest& request) const;
   int64_t block_count(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const;
   KvArena& take_arena(int64_t blocks);
+  GenerateResult serve(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);
 
   DecoderSpec spec_;
+  Slices slices_;
+  std::shared_ptr<Peers> peers_;
   std::optional<ModelWeights> weights_;
   std::shared_ptr<WeightGate> gate_;
   std::unique_ptr<KvArena> arena_;

@@ -1,7 +1,6 @@
 // The declarative description of a decoder: the facts of hybrid_engine.models.DecoderSpec that generation needs.
 #pragma once
 #include <cstdint>
-#include <vector>
 
 #include "activation/activation.h"
 
@@ -28,14 +27,7 @@ struct DecoderSpec {
   int64_t sliding_window = 0;  // 0: every key is visible
 
   int64_t q_size() const { return heads * head_dim; }
-  int64_t kv_size() const { return kv_heads * head_dim; }
-  int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
-  int64_t mlp_in_size() const { return gated_mlp ? 2 * intermediate_size : intermediate_size; }
   bool projects_embedding() const { return embed_dim != hidden_size; }
-
-  // Rows that each fused projection is made of: one low-rank pair belongs to each.
-  std::vector<int64_t> qkv_splits() const { return {q_size(), kv_size(), kv_size()}; }
-  std::vector<int64_t> mlp_in_splits() const { return std::vector<int64_t>(gated_mlp ? 2 : 1, intermediate_size); }
 
   void validate() const;  // throws std::invalid_argument naming the field
 };

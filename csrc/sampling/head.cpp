@@ -84,7 +84,29 @@ BlockStats HeadSampler::stats_of(int64_t row) {
 
 void HeadSampler::draw(const HeadArgs& head, const SamplingRule& rule, std::span<const Draw> draws, Sampled* sampled) {
   if (draws.empty()) return;
-  reduce(head, rule);
+  keeps_blocks_ = truncates(rule, vocab_);
+  if (keeps_blocks_) cache_.reset(head.rows, row_blocks(vocab_));
+  reduce(head, 0, rule);
+  choose(rule, draws, [&] { fetch_missing(head, 0); }, sampled);
+}
+
+void HeadSampler::draw_together(const HeadArgs& head, const SamplingRule& rule, std::span<const Draw> draws,
+                                const Together& together, Sampled* sampled) {
+  if (draws.empty()) return;
+  keeps_blocks_ = false;  // each rank would have its own: all blocks are looked up alike
+  const int64_t first_block = together.begins[together.peers.rank()], blocks = row_blocks(vocab_);
+  reduce(head, first_block, rule);
+  together.peers.share_columns(stats_.data() + first_block, blocks, stats_.data(), 3 * head.rows, together.begins);
+  const auto fetch = [&] {
+    fetch_missing(head, first_block);
+    exchange_missing(together);
+  };
+  choose(rule, draws, fetch, sampled);
+}
+
+template <typename Fetch>
+void HeadSampler::choose(const SamplingRule& rule, std::span<const Draw> draws, const Fetch& fetch_missing,
+                         Sampled* sampled) {
   const auto count = std::ssize(draws);
   if (std::ssize(plans_) < count) plans_.resize(count);
   parallel_for(count, [&](int64_t i) {
@@ -92,19 +114,17 @@ void HeadSampler::draw(const HeadArgs& head, const SamplingRule& rule, std::span
   });
   for (int64_t first = 0, end = 0; first < count; first = end) {
     end = find_blocks(draws, first);
-    fetch_missing(head);
+    fetch_missing();
     parallel_for(end - first, [&](int64_t i) {
       sampled[first + i] = plans_[first + i].finish(blocks_.data() + first_block_[i]);
     });
   }
 }
 
-// Statistics of all rows, and for truncated draws their highest blocks.
-void HeadSampler::reduce(const HeadArgs& head, const SamplingRule& rule) {
-  keeps_blocks_ = truncates(rule, vocab_);
-  if (keeps_blocks_) cache_.reset(head.rows, row_blocks(vocab_));
+// Statistics of all rows' blocks from `first_block` on, and for truncated draws their highest blocks.
+void HeadSampler::reduce(const HeadArgs& head, int64_t first_block, const SamplingRule& rule) {
   for_each_tile(head, [&](int64_t row, int64_t col, int64_t cols, const float* logits) {
-    const int64_t first = col / kRowBlock;
+    const int64_t first = first_block + col / kRowBlock;
     const BlockStats stats = stats_of(row);
     block_stats(logits, cols, effective_temperature(rule), kKeepAll, stats.from(first));
     if (!keeps_blocks_) return;
@@ -135,8 +155,9 @@ int64_t HeadSampler::find_blocks(std::span<const Draw> draws, int64_t first) {
   return i;
 }
 
-// Multiplies out the missing blocks: each block of the head is read once for all the rows that ask for it.
-void HeadSampler::fetch_missing(const HeadArgs& head) {
+// Multiplies out the missing blocks that lie in `head`, which begins with `first_block`: each is read once for all the rows
+// that ask for it.
+void HeadSampler::fetch_missing(const HeadArgs& head, int64_t first_block) {
   std::ranges::sort(missing_, {}, &Missing::block);
   float* logits = room_for(logits_, missing_.size() * kRowBlock).data();
   KernelVector<int64_t> begins;  // of each block's rows
@@ -146,7 +167,8 @@ void HeadSampler::fetch_missing(const HeadArgs& head) {
   }
   begins.push_back(std::ssize(missing_));
   parallel_for(std::ssize(begins) - 1, [&](int64_t part) {
-    const int64_t begin = begins[part], block = missing_[begin].block;
+    const int64_t begin = begins[part], block = missing_[begin].block, col = (block - first_block) * kRowBlock;
+    if (col < 0 || col >= head.vocab) return;
     HeadArgs rows = head;
     rows.rows = begins[part + 1] - begin;
     float* x = thread_scratch(ScratchSlot::kHead, rows.rows * head.width);
@@ -155,8 +177,18 @@ void HeadSampler::fetch_missing(const HeadArgs& head) {
     }
     rows.x = x;
     rows.ldx = head.width;
-    multiply(rows, block * kRowBlock, block_size(block, vocab_), logits + begin * kRowBlock, kRowBlock);
+    multiply(rows, col, block_size(block, vocab_), logits + begin * kRowBlock, kRowBlock);
   });
+}
+
+// They lie in the order of the vocabulary, each computed by the rank whose slice it is in.
+void HeadSampler::exchange_missing(const Together& together) {
+  std::vector<int32_t> owners;
+  for (const Missing& missing : missing_) {
+    const auto owner = std::ranges::upper_bound(together.begins, missing.block) - together.begins.begin() - 1;
+    owners.push_back(static_cast<int32_t>(owner));
+  }
+  together.peers.share_rows(logits_.data(), kRowBlock, owners);
 }
 
 }  // namespace hybrid

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "common/kernel_memory.h"
+#include "common/peers.h"
 #include "linear/linear.h"
 #include "sampling/block_cache.h"
 #include "sampling/draw.h"
@@ -40,10 +41,20 @@ class HeadSampler {
     uint32_t position;
   };
 
+  // Ranks with a slice of the vocabulary each: rank r has the blocks [begins[r], begins[r + 1]).
+  struct Together {
+    Peers& peers;
+    const std::vector<int64_t>& begins;
+  };
+
   // Allocates for up to `max_rows` rows; any number of draws from them.
   HeadSampler(int64_t vocab, int64_t max_rows);
 
   void draw(const HeadArgs& head, const SamplingRule& rule, std::span<const Draw> draws, Sampled* sampled);
+  // `head` is this rank's slice. The ranks exchange the statistics of their blocks, and the logits of the few in which a
+  // draw chooses; the rest each of them computes for itself, from the same bits.
+  void draw_together(const HeadArgs& head, const SamplingRule& rule, std::span<const Draw> draws,
+                     const Together& together, Sampled* sampled);
 
  private:
   struct Missing {
@@ -52,9 +63,12 @@ class HeadSampler {
   };
 
   BlockStats stats_of(int64_t row);
-  void reduce(const HeadArgs& head, const SamplingRule& rule);
+  template <typename Fetch>
+  void choose(const SamplingRule& rule, std::span<const Draw> draws, const Fetch& fetch_missing, Sampled* sampled);
+  void reduce(const HeadArgs& head, int64_t first_block, const SamplingRule& rule);
   int64_t find_blocks(std::span<const Draw> draws, int64_t first);
-  void fetch_missing(const HeadArgs& head);
+  void fetch_missing(const HeadArgs& head, int64_t first_block);
+  void exchange_missing(const Together& together);
 
   int64_t vocab_;
   int64_t most_missing_;      // blocks computed together, so that flat distributions take longer rather than more memory
