@@ -52,7 +52,7 @@ TORCH_LIBRARY(hybrid_kernels, m) {
 
   // gather: whole parameters, as bytes, out of the flat shards that an all-gather laid side by side; one entry a parameter
   // in each list
-  m.def("unshard_(Tensor(a!) out, Tensor shards, int[] parts, int[] sizes, int[] offsets) -> ()");
+  m.def("unshard_(Tensor(a!) out, Tensor shards, int[] columns, int[] parts, int[] starts, int[] sizes, int[] offsets) -> ()");
 
   // sampling: logits are divided by temperature in sampling and scoring alike. Scores are over the logits that reach
   // a threshold; the one that held comes back, lowered to the target's logit where that is less

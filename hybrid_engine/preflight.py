@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from hybrid_engine.config import RunConfig
+from hybrid_engine.distributed.subgroup import check_divides
+from hybrid_engine.engine.tensor_parallel import SETTING
 from hybrid_engine.errors import UserError
 from hybrid_engine.models.checkpoint_io import context_of
 from hybrid_engine.rewards import build_judge, build_rewards
@@ -35,6 +37,7 @@ def check_step_3(run: Run, zero_stage: int) -> None:
             "generating under ZeRO-3 needs the native kernels (see the warning above); use ZeRO "
             "stage 0, 1 or 2"
         )
+    check_divides(config.rlhf.generation.inference_tp, SETTING)
     needs_reward_model = build_rewards(config.judge).needs_model
     if needs_reward_model and not will_train(run, 2):
         run.trained_reward_model()

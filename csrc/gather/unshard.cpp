@@ -7,15 +7,14 @@
 namespace hybrid {
 
 void unshard(const UnshardArgs& args) {
-  int64_t before = 0;  // bytes of a rank's shard that precede this parameter's
-  for (int64_t p = 0; p < args.parameters; ++p) {
-    const int64_t part = args.parts[p], size = args.sizes[p];
-    for (int64_t rank = 0; rank * part < size; ++rank) {
-      const std::byte* from = args.shards + rank * args.shard + before;
-      const int64_t count = std::min(part, size - rank * part);
-      std::memcpy(args.out + args.offsets[p] + rank * part, from, static_cast<size_t>(count));
+  for (int64_t r = 0; r < args.runs; ++r) {
+    const int64_t part = args.parts[r], end = args.starts[r] + args.sizes[r];
+    std::byte* out = args.out + args.offsets[r];
+    for (int64_t at = args.starts[r], count; at < end; at += count, out += count) {
+      const int64_t rank = at / part, within = at % part;
+      count = std::min(part - within, end - at);
+      std::memcpy(out, args.shards + rank * args.shard + args.columns[r] + within, static_cast<size_t>(count));
     }
-    before += part;
   }
 }
 

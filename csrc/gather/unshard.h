@@ -1,4 +1,4 @@
-// Parameters made whole from what an all-gather of their flat shards leaves behind.
+// Parameters, or the parts of them that are wanted, out of what an all-gather of their flat shards leaves behind.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,10 +9,11 @@ struct UnshardArgs {
   // [ranks, shard]: rank after rank, and within a rank part after part, as the collective delivers them.
   const std::byte* shards;
   int64_t ranks, shard;
-  // Parameter p: every rank holds parts[p] of its bytes, the last ranks fewer where they do not divide (the rest of
-  // their part is padding). It has sizes[p] <= ranks * parts[p] bytes, which go to out[offsets[p]] and onwards.
-  const int64_t *parts, *sizes, *offsets;
-  int64_t parameters;
+  // Run r is bytes [starts[r], starts[r] + sizes[r]) of a parameter, of which every rank holds parts[r] bytes at
+  // columns[r] of its shard, the last ranks fewer where they do not divide (the rest of their part is padding). It goes
+  // to out[offsets[r]] and onwards.
+  const int64_t *columns, *parts, *starts, *sizes, *offsets;
+  int64_t runs;
   std::byte* out;  // must not overlap shards
 };
 

@@ -7,22 +7,27 @@
 
 namespace hybrid {
 
-inline void check_unshard_lists(const UnshardArgs& args, c10::IntArrayRef parts, c10::IntArrayRef sizes,
-                                c10::IntArrayRef offsets, int64_t capacity) {
-  TORCH_CHECK_VALUE(parts.size() == sizes.size() && parts.size() == offsets.size(), "unshard_: parts, sizes and offsets have ",
-                    parts.size(), ", ", sizes.size(), " and ", offsets.size(), " entries; expected one a parameter");
-  int64_t held = 0, end = 0;
-  for (size_t p = 0; p < parts.size(); ++p) {
-    TORCH_CHECK_VALUE(parts[p] >= 0 && sizes[p] >= 0 && sizes[p] <= args.ranks * parts[p], "unshard_: sizes[", p, "] is ",
-                      sizes[p], "; expected 0 to ", args.ranks, " (ranks) times parts[", p, "]=", parts[p]);
-    TORCH_CHECK_VALUE(offsets[p] >= end, "unshard_: offsets[", p, "] is ", offsets[p],
-                      "; expected at least ", end, ", the end of the parameter before it");
-    held += parts[p];
-    end = offsets[p] + sizes[p];
+// The five lists of one length, and runs that lie within shards and, one behind the other, within `capacity` bytes of out.
+inline void check_unshard_runs(const UnshardArgs& args, c10::IntArrayRef columns, c10::IntArrayRef parts,
+                               c10::IntArrayRef starts, c10::IntArrayRef sizes, c10::IntArrayRef offsets, int64_t capacity) {
+  for (const auto& list : {parts, starts, sizes, offsets}) {
+    TORCH_CHECK_VALUE(list.size() == columns.size(), "unshard_: columns, parts, starts, sizes and offsets have ",
+                      columns.size(), ", ", parts.size(), ", ", starts.size(), ", ", sizes.size(), " and ", offsets.size(),
+                      " entries; expected one a run");
   }
-  TORCH_CHECK_VALUE(held == args.shard, "unshard_: parts sum to ", held, "; expected the ", args.shard,
-                    " columns of shards");
-  TORCH_CHECK_VALUE(end <= capacity, "unshard_: the last parameter ends at ", end, "; expected at most ", capacity,
+  int64_t end = 0;
+  for (size_t r = 0; r < columns.size(); ++r) {
+    TORCH_CHECK_VALUE(columns[r] >= 0 && parts[r] >= 0 && columns[r] <= args.shard - parts[r], "unshard_: columns[", r,
+                      "] is ", columns[r], " and parts[", r, "] is ", parts[r], "; expected them to end within the ",
+                      args.shard, " columns of shards");
+    TORCH_CHECK_VALUE(starts[r] >= 0 && sizes[r] >= 0 && starts[r] <= args.ranks * parts[r] - sizes[r], "unshard_: starts[",
+                      r, "] is ", starts[r], " and sizes[", r, "] is ", sizes[r], "; expected them to end within ",
+                      args.ranks, " (ranks) times parts[", r, "]=", parts[r]);
+    TORCH_CHECK_VALUE(offsets[r] >= end, "unshard_: offsets[", r, "] is ", offsets[r], "; expected at least ", end,
+                      ", the end of the run before it");
+    end = offsets[r] + sizes[r];
+  }
+  TORCH_CHECK_VALUE(end <= capacity, "unshard_: the last run ends at ", end, "; expected at most ", capacity,
                     ", the size of out");
 }
 

@@ -4,7 +4,7 @@
 
 namespace hybrid::cuda {
 
-// One launch for every 64 parameters. The lists lie in host memory; they are read before the call returns.
+// One launch for every 64 runs. The lists lie in host memory; they are read before the call returns.
 void unshard(const UnshardArgs& args, void* stream);
 
 }  // namespace hybrid::cuda

@@ -12,8 +12,8 @@ namespace {
 
 using at::Tensor;
 
-void unshard_cuda(Tensor& out, const Tensor& shards_, at::IntArrayRef parts, at::IntArrayRef sizes,
-                  at::IntArrayRef offsets) {
+void unshard_cuda(Tensor& out, const Tensor& shards_, at::IntArrayRef columns, at::IntArrayRef parts,
+                  at::IntArrayRef starts, at::IntArrayRef sizes, at::IntArrayRef offsets) {
   Dims dims("unshard_", at::kCUDA);
   dims.expect(out, "out", {"E"}, at::kByte).expect(shards_, "shards", {"W", "S"}, at::kByte);
   TORCH_CHECK_VALUE(out.is_contiguous(), "unshard_: out has strides ", out.strides(),
@@ -23,12 +23,14 @@ void unshard_cuda(Tensor& out, const Tensor& shards_, at::IntArrayRef parts, at:
   const UnshardArgs args{.shards = input<std::byte>(shards),
                          .ranks = dims["W"],
                          .shard = dims["S"],
+                         .columns = columns.data(),
                          .parts = parts.data(),
+                         .starts = starts.data(),
                          .sizes = sizes.data(),
                          .offsets = offsets.data(),
-                         .parameters = static_cast<int64_t>(parts.size()),
+                         .runs = static_cast<int64_t>(columns.size()),
                          .out = output<std::byte>(out)};
-  check_unshard_lists(args, parts, sizes, offsets, dims["E"]);
+  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["E"]);
   cuda::unshard(args, here.stream);
 }
 

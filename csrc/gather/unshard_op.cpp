@@ -11,22 +11,28 @@ namespace {
 
 using at::Tensor;
 
-void unshard_cpu(Tensor& out, const Tensor& shards_, at::IntArrayRef parts, at::IntArrayRef sizes,
-                 at::IntArrayRef offsets) {
+void unshard_cpu(Tensor& out, const Tensor& shards_, at::IntArrayRef columns, at::IntArrayRef parts,
+                 at::IntArrayRef starts, at::IntArrayRef sizes, at::IntArrayRef offsets) {
   Dims dims("unshard_");
   dims.expect(out, "out", {"E"}, at::kByte).expect(shards_, "shards", {"W", "S"}, at::kByte);
   TORCH_CHECK_VALUE(out.is_contiguous(), "unshard_: out has strides ", out.strides(),
                     "; expected contiguous bytes, since it is written in place");
+  for (const at::IntArrayRef list : {parts, starts, sizes, offsets}) {
+    TORCH_CHECK_VALUE(list.size() == columns.size(), "unshard_: a list has ", list.size(), " entries where columns has ",
+                      columns.size(), "; expected one a run");
+  }
   const Tensor shards = shards_.contiguous();
   const UnshardArgs args{.shards = static_cast<const std::byte*>(shards.const_data_ptr()),
                          .ranks = dims["W"],
                          .shard = dims["S"],
+                         .columns = columns.data(),
                          .parts = parts.data(),
+                         .starts = starts.data(),
                          .sizes = sizes.data(),
                          .offsets = offsets.data(),
-                         .parameters = static_cast<int64_t>(parts.size()),
+                         .runs = static_cast<int64_t>(columns.size()),
                          .out = static_cast<std::byte*>(out.mutable_data_ptr())};
-  check_unshard_lists(args, parts, sizes, offsets, dims["E"]);
+  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["E"]);
   unshard(args);
 }
 

@@ -51,6 +51,13 @@ class GenerationConfig(Options):
         "add LoRA adapters into the weights while generating, and restore the weights' bits "
         "afterwards: faster decoding, and a first_log_ratio that is small instead of 0",
     )
+    inference_tp: int = option(
+        1,
+        "consecutive ranks of one host that generate together, each with a slice of every layer; "
+        "the same answers as with 1",
+        within="[1, inf)",
+        flag="--inference-tp",
+    )
     stop_token_ids: tuple[int, ...] = option(
         (), "further token ids that end an answer, besides the model's own", within="[0, inf)"
     )

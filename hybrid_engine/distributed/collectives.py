@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -35,26 +37,26 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def all_gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Stack one equally shaped CPU tensor of every rank: [...] -> [world_size, ...], in rank
-    order."""
+def all_gather_tensor(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Stack one equally shaped CPU tensor of every rank (of ``group``): [...] -> [ranks, ...], in
+    rank order."""
     if world_size() == 1:
         return tensor.unsqueeze(0)
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     with waiting("an exchange of numbers"):
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
 
 
-def all_gather_json(value: Any) -> list[Any]:
-    """One JSON-able value of every rank, in rank order."""
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """One JSON-able value of every rank (of ``group``), in rank order."""
     if world_size() == 1:
         return [value]
     payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = all_gather_tensor(torch.tensor([payload.numel()]))[:, 0].tolist()
+    sizes = all_gather_tensor(torch.tensor([payload.numel()]), group)[:, 0].tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: payload.numel()] = payload
-    rows = all_gather_tensor(padded)
+    rows = all_gather_tensor(padded, group)
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -96,7 +98,8 @@ def all_reduce_moments(moments: torch.Tensor) -> torch.Tensor:
     return combine_moments(all_gather_tensor(moments.cpu()))
 
 
-_barriers = itertools.count(1)
+# Numbers of the next barriers, by who meets there.
+_barriers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 _POLL_SECONDS = 0.002
 
 
@@ -107,8 +110,10 @@ def enter_phase(phase: str) -> None:
         world.store.set(f"phase/{world.env.rank}", phase)
 
 
-def barrier(phase: str, timeout: timedelta | None = None) -> None:
-    """Wait until every rank has come to its n-th barrier, as this one has.
+def barrier(
+    phase: str, timeout: timedelta | None = None, members: Sequence[int] | None = None
+) -> None:
+    """Wait until every rank (of ``members``) has come to its n-th barrier, as this one has.
 
     It goes through the key-value store instead of a collective: when a rank is missing, the others
     can still say which one, and where it was last seen.
@@ -120,17 +125,19 @@ def barrier(phase: str, timeout: timedelta | None = None) -> None:
     if world is None or world.env.world_size == 1:
         return
     enter_phase(phase)
-    number, own = next(_barriers), world.env.rank
-    world.store.set(f"barrier/{number}/{own}", phase)
+    everyone = range(world.env.world_size) if members is None else members
+    place, own = f"barrier/{everyone[0]}-{everyone[-1]}", world.env.rank
+    number = next(_barriers[place])
+    world.store.set(f"{place}/{number}/{own}", phase)
     limit = (timeout or world.timeout).total_seconds()
     deadline = time.monotonic() + limit
-    missing = [r for r in range(world.env.world_size) if r != own]
-    while missing := [r for r in missing if not world.store.check([f"barrier/{number}/{r}"])]:
+    missing = [r for r in everyone if r != own]
+    while missing := [r for r in missing if not world.store.check([f"{place}/{number}/{r}"])]:
         if time.monotonic() > deadline:
             raise RankTimeout(_describe_missing(world, missing, phase, limit))
         time.sleep(_POLL_SECONDS)
     # Whoever is here has seen all of the previous barrier: its keys have served.
-    world.store.delete_key(f"barrier/{number - 1}/{own}")
+    world.store.delete_key(f"{place}/{number - 1}/{own}")
 
 
 def _describe_missing(world: World, missing: list[int], phase: str, limit: float) -> str:

@@ -25,6 +25,7 @@ from hybrid_engine.distributed.device import compute_device, on_own_device, weig
 from hybrid_engine.distributed.process_group import initialise
 from hybrid_engine.engine.arena import arena_on
 from hybrid_engine.engine.gather_plan import GatherPlan, Part, plan_gather
+from hybrid_engine.engine.slices import Slices
 from hybrid_engine.models import CausalLM
 from hybrid_kernels import native_module, ops
 
@@ -40,7 +41,7 @@ class GatherCounters:
         collectives: all-gathers.
         received_bytes: from other ranks: (ranks - 1) times the sum over parameters of
             ceil(elements / ranks) * bytes an element.
-        arena_bytes: gathered weights, held during the phase.
+        arena_bytes: gathered weights, or the slices of them, held during the phase.
         staging_bytes: beside them while gathering.
         seconds: from the beginning until the last layer was there.
         waited_seconds: of that, how long the forward pass stood still.
@@ -83,10 +84,11 @@ class GatheredWeights:
 
     Args:
         model: already partitioned by DeepSpeed.
+        slices: what this rank keeps of them; None: everything.
     """
 
-    def __init__(self, model: CausalLM) -> None:
-        self._plan = plan_gather(model, world_size())
+    def __init__(self, model: CausalLM, slices: Slices | None = None) -> None:
+        self._plan = plan_gather(model, world_size(), slices)
         self._weights = arena_on(compute_device(), self._plan.size)
         self._staging = Staging(self._plan, world_size())
         # A group of its own: its collectives are ordered among themselves, whatever the main
@@ -96,7 +98,7 @@ class GatheredWeights:
         self._failure = ""
         self.counters = GatherCounters()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
         """Every parameter by name, as views of the arena: filled once :attr:`gate` opens.
 
         Except that the program on the CPU reads small bfloat16 parameters when it is bound, so
@@ -105,7 +107,7 @@ class GatheredWeights:
         storage = self._weights.storage
         tensors = {name: piece.view(storage) for name, piece in self._plan.names.items()}
         on_cpu = storage.device.type == "cpu"
-        if on_cpu and any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        if on_cpu and any(piece.dtype != torch.float32 for piece in self._plan.names.values()):
             self._thread.join()
             self._raise_failure()
         return tensors
@@ -183,7 +185,5 @@ class GatheredWeights:
         ops.unshard_(
             self._weights.storage,
             everyone.view(-1, own.numel()),
-            [piece.part for piece in part.pieces],
-            [piece.size for piece in part.pieces],
-            [piece.offset for piece in part.pieces],
+            *part.runs,
         )

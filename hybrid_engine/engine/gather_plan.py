@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid_engine.distributed.device import compute_device
+from hybrid_engine.engine.slices import Rows, Slices
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM
 
@@ -27,26 +29,44 @@ class Piece:
 
     Attributes:
         part: bytes of the flattened parameter on each rank; the last ranks' end in padding.
-        offset: its first byte in the arena.
+        offset: the first byte in the arena of what is kept of it.
+        rows: the rows that are kept; None: all of it.
     """
 
     parameter: Any
     part: int
     offset: int
+    rows: Rows | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
 
     @property
     def size(self) -> int:
-        """Bytes of the whole parameter."""
-        return self.parameter.ds_numel * self.parameter.dtype.itemsize
+        """Bytes that are kept."""
+        return sum(end - begin for begin, end in self.kept)
+
+    @property
+    def kept(self) -> list[tuple[int, int]]:
+        """Ranges of bytes of the flattened parameter that are kept."""
+        whole = self.parameter.ds_numel * self.dtype.itemsize
+        if self.rows is None:
+            return [(0, whole)]
+        row = whole // self.parameter.ds_shape[0]
+        return [(begin * row, end * row) for begin, end in self.rows]
 
     def shard(self) -> Tensor:
         """The bytes of this rank's part, where DeepSpeed has it now."""
         return self.parameter.ds_tensor.view(torch.uint8)
 
-    def view(self, arena: Tensor) -> Tensor:
-        """The whole parameter in the arena."""
-        flat = arena[self.offset : self.offset + self.size].view(self.parameter.dtype)
-        return flat.view(self.parameter.ds_shape)
+    def view(self, arena: Tensor) -> Tensor | list[Tensor]:
+        """The parameter in the arena, or what is kept of it, row range by row range."""
+        flat = arena[self.offset : self.offset + self.size].view(self.dtype)
+        if self.rows is None:
+            return flat.view(self.parameter.ds_shape)
+        kept = flat.view(-1, *self.parameter.ds_shape[1:])
+        return list(kept.split([end - begin for begin, end in self.rows]))
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,19 @@ class Part:
     def shard_size(self) -> int:
         """Bytes on each rank."""
         return sum(piece.part for piece in self.pieces)
+
+    @cached_property
+    def runs(self) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        """Arguments of `unshard_`: columns, parts, starts, sizes and offsets of what is kept."""
+        runs, column = [], 0
+        for piece in self.pieces:
+            offset = piece.offset
+            for begin, end in piece.kept:
+                runs.append((column, piece.part, begin, end - begin, offset))
+                offset += end - begin
+            column += piece.part
+        columns, parts, starts, sizes, offsets = map(list, zip(*runs, strict=True))
+        return columns, parts, starts, sizes, offsets
 
 
 @dataclass(frozen=True)
@@ -75,11 +108,12 @@ class GatherPlan:
     size: int
 
 
-def plan_gather(model: CausalLM, world_size: int) -> GatherPlan:
+def plan_gather(model: CausalLM, world_size: int, slices: Slices | None = None) -> GatherPlan:
     """One part for the embedding, one a block, one for what follows.
 
     Args:
         model: partitioned by DeepSpeed's ZeRO-3 over ``world_size`` ranks.
+        slices: what is kept of every parameter; None: everything.
 
     Raises:
         UserError: shards that cannot be read.
@@ -89,7 +123,8 @@ def plan_gather(model: CausalLM, world_size: int) -> GatherPlan:
     end = 0
     for name, parameter in model.named_parameters():
         shard = shard_of(name, parameter, world_size)
-        piece = Piece(parameter, shard.nbytes, -(-end // _ALIGNMENT) * _ALIGNMENT)
+        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        piece = Piece(parameter, shard.nbytes, offset, slices.rows(name) if slices else None)
         end = piece.offset + piece.size
         pieces[parameter] = piece
         parts[_part_of(name, model.spec.num_layers)].append(piece)

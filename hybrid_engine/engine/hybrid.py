@@ -12,6 +12,7 @@ from torch import Tensor
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank
 from hybrid_engine.distributed.device import use_device
+from hybrid_engine.distributed.subgroup import check_divides
 from hybrid_engine.engine.device import DeviceGenerator, generator_for
 from hybrid_engine.engine.end_tokens import end_token_ids
 from hybrid_engine.engine.foreign_generate import foreign_generate
@@ -23,8 +24,9 @@ from hybrid_engine.engine.request import OnProgress, OnToken, Request, check_pro
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.engine.score import score_responses
+from hybrid_engine.engine.tensor_parallel import SETTING, TensorParallel, TogetherGenerator
 from hybrid_engine.engine.train_engine import TrainEngine
-from hybrid_engine.engine.weights import OwnWeights, weights_of
+from hybrid_engine.engine.weights import WeightSource, weights_of
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import (
     CausalLM,
@@ -56,6 +58,12 @@ class HybridEngine:
         score_tokens: tokens in one pass of the scoring forward.
         merge_adapters: generate with LoRA adapters added into the weights, whose bits come back:
             faster, but its log-probabilities are no longer the training forward's to the bit.
+        inference_tp: consecutive ranks, on one host, that generate together, each with a slice of
+            every layer. All ranks must then make the same calls of `generate`; tokens and
+            log-probabilities stay the same bits.
+
+    Raises:
+        UserError: an ``inference_tp`` that the ranks or the model cannot serve.
     """
 
     def __init__(
@@ -68,6 +76,7 @@ class HybridEngine:
         kv_bytes: int = 0,
         score_tokens: int = 8192,
         merge_adapters: bool = False,
+        inference_tp: int = 1,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -76,11 +85,14 @@ class HybridEngine:
         self.kv_bytes = kv_bytes
         self.score_tokens = score_tokens
         self.merge_adapters = merge_adapters
+        self.inference_tp = inference_tp
+        self._check_inference_tp()
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self._phase: str | None = None
         # Both at the first rollout: they may compile.
-        self._weights: OwnWeights | GatheredWeights | None = None
-        self._native: NativeGenerator | DeviceGenerator | None = None
+        self._weights: WeightSource | None = None
+        self._together: TensorParallel | None = None
+        self._native: NativeGenerator | DeviceGenerator | TogetherGenerator | None = None
 
     @classmethod
     def from_pretrained(
@@ -134,10 +146,26 @@ class HybridEngine:
         weights = self._weights
         return weights.counters if isinstance(weights, GatheredWeights) else None
 
-    def _weights_source(self) -> OwnWeights | GatheredWeights:
+    def _weights_source(self) -> WeightSource:
         if self._weights is None:
-            self._weights = weights_of(self.model, self.train_engine, self.merge_adapters)
+            slices = None
+            if self.inference_tp > 1 and isinstance(self.model, CausalLM):
+                self._together = TensorParallel(self.model.spec, self.inference_tp)
+                slices = self._together.slices
+            self._weights = weights_of(self.model, self.train_engine, self.merge_adapters, slices)
         return self._weights
+
+    def _check_inference_tp(self) -> None:
+        if self.inference_tp == 1:
+            return
+        check_divides(self.inference_tp, SETTING)
+        model = self.model
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        if not isinstance(model, CausalLM) or not native_available() or not on_cpu:
+            raise UserError(
+                f"{SETTING} above 1 needs the native program: a model on the CPU, of a family with "
+                "a native decoder, and a compiler; give 1"
+            )
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -232,7 +260,7 @@ class HybridEngine:
     def _sample(self, request: Request) -> dict[str, Any]:
         if isinstance(self.model, CausalLM) and native_available():
             if self._native is None:
-                self._native = generator_for(self.model, self._weights_source())
+                self._native = self._make_generator(self.model)
             return self._native.generate(request)
         if self._zero_stage() == 3:
             raise UserError(
@@ -242,6 +270,14 @@ class HybridEngine:
         if isinstance(self.model, CausalLM):
             return reference_generate(self.model, request)
         return foreign_generate(self.model, request)
+
+    def _make_generator(
+        self, model: CausalLM
+    ) -> NativeGenerator | DeviceGenerator | TogetherGenerator:
+        weights = self._weights_source()
+        if self._together is None:
+            return generator_for(model, weights)
+        return TogetherGenerator(model, weights, self._together)
 
     def _stop_tokens(self, params: SamplingParams) -> list[int]:
         ends = () if params.ignore_eos else self.eos_token_ids

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from hybrid_engine.engine.gather import GatheredWeights
 from hybrid_engine.engine.request import Request
 from hybrid_engine.engine.rollout import TOKEN_COLUMNS
 from hybrid_engine.engine.sampling import SamplingParams
-from hybrid_engine.engine.weights import OwnWeights
+from hybrid_engine.engine.slices import Slices
+from hybrid_engine.engine.weights import OwnWeights, WeightSource
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, adapted_linears, rope_tables
 from hybrid_engine.models.decoder import alibi_slopes
@@ -33,18 +33,26 @@ class ProgramBuilder:
 
     Args:
         weights: where its parameters are to be read; by default the module itself.
+        slices: the part of them that they are.
+        peers: native `Peers`, the ranks with the other parts.
     """
 
     def __init__(
-        self, model: CausalLM, weights: OwnWeights | GatheredWeights | None = None
+        self,
+        model: CausalLM,
+        weights: WeightSource | None = None,
+        slices: Slices | None = None,
+        peers: Any = None,
     ) -> None:
         self.model = model
         self.weights = weights or OwnWeights(model)
+        self._slices = slices
+        self._peers = peers
 
     def spec(self) -> dict[str, Any]:
         return self.model.spec.as_dict()
 
-    def tensors(self, longest: int) -> dict[str, Tensor]:
+    def tensors(self, longest: int) -> dict[str, Tensor | list[Tensor]]:
         """The parameters, without adapters that are switched off, and the position tables for
         ``longest`` tokens.
 
@@ -61,7 +69,7 @@ class ProgramBuilder:
         tensors = {
             name: tensor for name, tensor in self.weights.tensors().items() if name not in idle
         }
-        device = tensors["head.weight"].device
+        device = _pieces(tensors["head.weight"])[0].device
         for name, tensor in tensors.items():
             _check_readable(name, tensor, device)
         if spec.rope is not None:
@@ -70,6 +78,11 @@ class ProgramBuilder:
         elif spec.positions == "alibi":
             tensors["alibi_slopes"] = alibi_slopes(spec.heads).to(device)
         return tensors
+
+    def whole_tensors(self, longest: int) -> dict[str, Tensor]:
+        """:meth:`tensors`, of a builder without slices."""
+        assert self._slices is None
+        return cast(dict[str, Tensor], self.tensors(longest))
 
     def lora_scales(self) -> dict[str, float]:
         """The factor of every adapted linear layer's low-rank term."""
@@ -84,7 +97,8 @@ class ProgramBuilder:
 
     def build(self) -> Any:
         """A `DecodeProgram` of the native library; nothing is bound yet."""
-        return native_module().DecodeProgram(self.spec())
+        slices = self._slices and self._slices.as_dict()
+        return native_module().DecodeProgram(self.spec(), slices, self._peers)
 
     def bind(self, program: Any, longest: int) -> None:
         """Point the program at the parameters as they lie now."""
@@ -94,8 +108,14 @@ class ProgramBuilder:
 class NativeGenerator:
     """Runs the C++ program on a module's parameters."""
 
-    def __init__(self, model: CausalLM, weights: OwnWeights | GatheredWeights) -> None:
-        self.builder = ProgramBuilder(model, weights)
+    def __init__(
+        self,
+        model: CausalLM,
+        weights: WeightSource,
+        slices: Slices | None = None,
+        peers: Any = None,
+    ) -> None:
+        self.builder = ProgramBuilder(model, weights, slices, peers)
         self.program = self.builder.build()
 
     def generate(self, request: Request) -> dict[str, Any]:
@@ -199,7 +219,12 @@ def lengths_of_drafts(request: Request) -> list[float]:
     return [max(lengths[i : i + n]) for i in range(0, len(lengths), n)]
 
 
-def _check_readable(name: str, tensor: Tensor, device: torch.device) -> None:
+def _pieces(tensor: Tensor | list[Tensor]) -> list[Tensor]:
+    return tensor if isinstance(tensor, list) else [tensor]
+
+
+def _check_readable(name: str, pieces: Tensor | list[Tensor], device: torch.device) -> None:
+    tensor = _pieces(pieces)[0]
     readable = (torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else []))
     if device.type not in ("cpu", "cuda") or tensor.dtype not in readable:
         what = f"{str(tensor.dtype).removeprefix('torch.')} on {device.type}"

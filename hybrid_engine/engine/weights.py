@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_engine.distributed.collectives import world_size
 from hybrid_engine.engine.gather import GatheredWeights
 from hybrid_engine.engine.gather_plan import shard_of
+from hybrid_engine.engine.slices import Slices
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.models import CausalLM, ForeignCausalLM, adapters_merged
 from hybrid_kernels import native_available
@@ -24,17 +25,25 @@ Model = CausalLM | ForeignCausalLM
 
 
 class OwnWeights:
-    """A module's parameters where they lie: nothing is gathered, nothing is waited for."""
+    """A module's parameters where they lie: nothing is gathered, nothing is waited for.
+
+    Args:
+        slices: the rows to read of each; None: all of them.
+    """
 
     gate = None
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, slices: Slices | None = None) -> None:
         self._model = model
+        self._slices = slices
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
         """Take them anew for every rollout: DeepSpeed re-points parameters into its own buffers."""
         parameters: Iterable[tuple[str, Any]] = self._model.named_parameters(remove_duplicate=False)
-        return {name: self._storage(name, parameter) for name, parameter in parameters}
+        return {name: self._cut(name, self._storage(name, value)) for name, value in parameters}
+
+    def _cut(self, name: str, parameter: Tensor) -> Tensor | list[Tensor]:
+        return parameter if self._slices is None else self._slices.cut(name, parameter)
 
     def _storage(self, name: str, parameter: Any) -> Tensor:
         """Under ZeRO-3 a parameter may be away; a single rank's shard of it is all of it."""
@@ -49,8 +58,10 @@ class OwnWeights:
 class MergedWeights(OwnWeights):
     """A module's parameters with its adapters merged into them, which DeepSpeed gathers first."""
 
-    def __init__(self, model: Model, train_engine: TrainEngine | None) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Model, train_engine: TrainEngine | None, slices: Slices | None = None
+    ) -> None:
+        super().__init__(model, slices)
         self._train_engine = train_engine
 
     def _storage(self, name: str, parameter: Any) -> Tensor:
@@ -63,13 +74,19 @@ class MergedWeights(OwnWeights):
             yield
 
 
+WeightSource = OwnWeights | GatheredWeights
+
+
 def weights_of(
-    model: Model, train_engine: TrainEngine | None, merge_adapters: bool
-) -> OwnWeights | GatheredWeights:
+    model: Model,
+    train_engine: TrainEngine | None,
+    merge_adapters: bool,
+    slices: Slices | None = None,
+) -> WeightSource:
     """What serves a model in its ZeRO stage; under stage 3 every rank must call this."""
     if merge_adapters:
-        return MergedWeights(model, train_engine)
+        return MergedWeights(model, train_engine, slices)
     in_shards = train_engine is not None and train_engine.zero_stage == 3 and world_size() > 1
     if in_shards and isinstance(model, CausalLM) and native_available():
-        return GatheredWeights(model)
-    return OwnWeights(model)
+        return GatheredWeights(model, slices)
+    return OwnWeights(model, slices)

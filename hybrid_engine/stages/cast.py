@@ -129,6 +129,7 @@ def assemble(
         kv_bytes=config.rlhf.generation.kv_bytes,
         score_tokens=config.rlhf.max_tokens_per_pass,
         merge_adapters=config.rlhf.generation.merge_adapters,
+        inference_tp=config.rlhf.generation.inference_tp,
     )
     return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 
 import pytest
@@ -86,7 +87,10 @@ def test_a_failure_reaches_whoever_waits(llama: CausalLM) -> None:
 
 def test_ctrl_c_ends_the_wait(llama: CausalLM) -> None:
     program = bound(llama, native_module().WeightGate())
+    # A background job starts with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.05, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         generate(program)
+    signal.signal(signal.SIGINT, before)
     program.unbind()  # the call has ended: no "generate() is running"

@@ -31,9 +31,11 @@ def alone(uneven: Trainer, tmp_path_factory: pytest.TempPathFactory):
     return uneven(tmp_path_factory.mktemp("runs") / "alone")
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_equal_one(uneven, alone, tmp_path, stage):
-    done = uneven.spawn(tmp_path, "--num-gpus", "2", "--zero-stage", str(stage))
+@pytest.mark.parametrize(("stage", "together"), [(2, 1), (3, 1), (3, 2)])
+def test_two_ranks_equal_one(uneven, alone, tmp_path, stage, together):
+    """Also where both of them generate together."""
+    flags = ("--zero-stage", str(stage), "--inference-tp", str(together))
+    done = uneven.spawn(tmp_path, "--num-gpus", "2", *flags)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     check_close(tmp_path, alone)

@@ -96,7 +96,7 @@ class DeviceGenerator:
         limits = [self._limit(request, i) for i in range(len(request.prompts))]
         queue = self._queue(native, request, limits)
         lengths = [len(prompt) + new for prompt, new in zip(request.prompts, limits, strict=True)]
-        tensors = self.builder.tensors(max(lengths, default=1))
+        tensors = self.builder.whole_tensors(max(lengths, default=1))
         blocks = self._blocks(native, queue, request, _cache_dtype(tensors))
         samples = len(request.sample_ids)
         batch = max(1, min(request.max_batch, samples))

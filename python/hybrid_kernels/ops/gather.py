@@ -21,26 +21,31 @@ from hybrid_kernels.reference import gather as reference
 def unshard_(
     out: Tensor,
     shards: Tensor,
+    columns: Sequence[int],
     parts: Sequence[int],
+    starts: Sequence[int],
     sizes: Sequence[int],
     offsets: Sequence[int],
 ) -> None:
-    """Writes parameter p, whole and flat, to ``out[offsets[p] : offsets[p] + sizes[p]]``.
+    """Writes run r, bytes of one flat parameter, to ``out[offsets[r] : offsets[r] + sizes[r]]``.
+
+    A run is a whole parameter, or a range of it where not all of it is wanted.
 
     Args:
-        out: ``[E]`` uint8, contiguous; what lies between the parameters is left alone.
+        out: ``[E]`` uint8, contiguous; what lies between the runs is left alone.
             Like the operators that communicate, this changes memory without autograd's knowledge.
-        shards: ``[W, S]`` uint8, the shard of each of W ranks; its columns are the parameters'
-            parts in order.
-        parts: bytes of parameter p that each rank holds; they sum to S. Where a parameter does
-            not divide, the last ranks' parts end in padding.
-        sizes: bytes of parameter p, at most ``W * parts[p]``.
-        offsets: where parameter p begins in ``out``; ascending, without overlap.
+        shards: ``[W, S]`` uint8, the shard of each of W ranks.
+        columns: where in a shard the part of run r's parameter begins.
+        parts: bytes of that parameter that each rank holds. Where a parameter does not divide,
+            the last ranks' parts end in padding.
+        starts: first byte of the flat parameter that is wanted.
+        sizes: bytes that are wanted; they end within ``W * parts[r]``.
+        offsets: where run r begins in ``out``; ascending, without overlap.
 
     Raises:
         ValueError: wrong shapes or lists.
     """
-    lists = (list(parts), list(sizes), list(offsets))
+    lists = [list(numbers) for numbers in (columns, parts, starts, sizes, offsets)]
     if use_native("unshard_", out, shards):
         torch.ops.hybrid_kernels.unshard_(out, shards, *lists)
     else:

@@ -6,9 +6,16 @@ from torch import Tensor
 
 
 def unshard_(
-    out: Tensor, shards: Tensor, parts: list[int], sizes: list[int], offsets: list[int]
+    out: Tensor,
+    shards: Tensor,
+    columns: list[int],
+    parts: list[int],
+    starts: list[int],
+    sizes: list[int],
+    offsets: list[int],
 ) -> None:
     """See :func:`hybrid_kernels.ops.unshard_`."""
-    columns = shards.split(parts, dim=1)
-    for column, size, offset in zip(columns, sizes, offsets, strict=True):
-        out[offset : offset + size] = column.flatten()[:size]
+    runs = zip(columns, parts, starts, sizes, offsets, strict=True)
+    for column, part, start, size, offset in runs:
+        parameter = shards[:, column : column + part].flatten()
+        out[offset : offset + size] = parameter[start : start + size]
