@@ -76,10 +76,13 @@ def one_case(directory: str, case: Case, stage: int, together: int) -> dict[str,
 
 
 def _in_place(engine: HybridEngine, at: dict[str, int]) -> bool:
-    """Whether the program read every parameter within its training storage."""
+    """Whether the program read every parameter, of which it has any row, within its training
+    storage."""
+    slices = engine._together.slices
     return all(
-        parameter.data_ptr() <= at[name] <= parameter.data_ptr() + parameter.nbytes
+        parameter.data_ptr() <= at[name] < parameter.data_ptr() + parameter.nbytes
         for name, parameter in engine.model.named_parameters(remove_duplicate=False)
+        if kept(slices, name, parameter)
     )
 
 
