@@ -6,9 +6,11 @@ import torch
 
 from hybrid_engine.config import RunConfig
 from hybrid_engine.distributed.subgroup import check_divides
-from hybrid_engine.engine.tensor_parallel import SETTING
+from hybrid_engine.engine.slices import slice_decoder
+from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING
 from hybrid_engine.errors import UserError
-from hybrid_engine.models.checkpoint_io import context_of
+from hybrid_engine.models import UnsupportedFamily
+from hybrid_engine.models.checkpoint_io import context_of, spec_of
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
 from hybrid_kernels import native_available
@@ -37,7 +39,7 @@ def check_step_3(run: Run, zero_stage: int) -> None:
             "generating under ZeRO-3 needs the native kernels (see the warning above); use ZeRO "
             "stage 0, 1 or 2"
         )
-    check_divides(config.rlhf.generation.inference_tp, SETTING)
+    check_inference_tp(run)
     needs_reward_model = build_rewards(config.judge).needs_model
     if needs_reward_model and not will_train(run, 2):
         run.trained_reward_model()
@@ -47,6 +49,19 @@ def check_step_3(run: Run, zero_stage: int) -> None:
         run.load_data("sft", source, run.tokenizer(source))  # read now, not after step 2
     if config.judge.unseen_judge != "none":
         build_judge(config.judge.unseen_judge, config.seed)
+
+
+def check_inference_tp(run: Run) -> None:
+    ranks = run.config.rlhf.generation.inference_tp
+    check_divides(ranks, SETTING)
+    if ranks == 1:
+        return
+    if run.config.model.device != "cpu" or not native_available():
+        raise UserError(NEEDS)
+    try:
+        slice_decoder(spec_of(planned_policy(run)), 0, ranks)
+    except UnsupportedFamily as error:
+        raise UserError(NEEDS) from error
 
 
 def check_scorer(run: Run, needs_reward_model: bool) -> None:

@@ -24,7 +24,7 @@ from hybrid_engine.engine.request import OnProgress, OnToken, Request, check_pro
 from hybrid_engine.engine.rollout import Rollout
 from hybrid_engine.engine.sampling import SamplingParams
 from hybrid_engine.engine.score import score_responses
-from hybrid_engine.engine.tensor_parallel import SETTING, TensorParallel, TogetherGenerator
+from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING, TensorParallel, TogetherGenerator
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.engine.weights import WeightSource, weights_of
 from hybrid_engine.errors import UserError
@@ -162,10 +162,7 @@ class HybridEngine:
         model = self.model
         on_cpu = next(model.parameters()).device.type == "cpu"
         if not isinstance(model, CausalLM) or not native_available() or not on_cpu:
-            raise UserError(
-                f"{SETTING} above 1 needs the native program: a model on the CPU, of a family with "
-                "a native decoder, and a compiler; give 1"
-            )
+            raise UserError(NEEDS)
 
     @contextmanager
     def training(self) -> Iterator[None]:

@@ -22,6 +22,10 @@ from hybrid_engine.models import CausalLM, DecoderSpec
 from hybrid_kernels import native_module
 
 SETTING = "inference_tp"
+NEEDS = (
+    f"{SETTING} above 1 needs the native program: a model on the CPU, of a family with a native "
+    "decoder, and a compiler; give 1"
+)
 _PHASE = "tensor-parallel generation"
 # Settings of a request that must agree, because all of the group's prompts run under one.
 _COMMON = ("params", "stop_tokens", "max_batch", "kv_bytes")

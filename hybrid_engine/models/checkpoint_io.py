@@ -19,7 +19,7 @@ from .fingerprint import Fingerprint
 from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import LoRAConfig, apply_lora
 from .origin import Origin, find
-from .spec import UnsupportedFamily
+from .spec import DecoderSpec, UnsupportedFamily
 from .weight_loader import WeightLoader
 
 
@@ -154,6 +154,15 @@ def context_of(path: str | Path) -> float:
     """Longest sequence of the model at a directory or hub name; infinite where it states none."""
     config = read_config(locate(path)).get_text_config()
     return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def spec_of(path: str | Path) -> DecoderSpec:
+    """The native decoder of the model at a directory or hub name; no weights are read.
+
+    Raises:
+        UnsupportedFamily: it has none.
+    """
+    return spec_from_hf(read_config(locate(path)))
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_engine import train_rlhf
+from hybrid_engine import preflight, train_rlhf
 from tests.stages.runs import Trainer, files, metrics, summary
 
 GOOD_ROW = json.dumps({"prompt": "film is", "chosen": " good", "rejected": " bad"})
@@ -140,6 +140,10 @@ def half_precision_without_gpu(trainer: Trainer, scratch: Path) -> tuple[Trainer
     return trainer.having({"dtype": "bfloat16"}), [], "generates with float32 weights on a CPU"
 
 
+def ranks_that_do_not_divide(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
+    return trainer, ["--inference-tp", "2"], "inference_tp is 2, which does not divide the 1 rank"
+
+
 def bad_deepspeed_json(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
     settings = scratch / "ds.json"
     settings.write_text('{"zero_optimization": ')
@@ -166,6 +170,7 @@ MISTAKES = [
     demonstrations_that_step_2_would_wait_for,
     too_long_a_warmup,
     half_precision_without_gpu,
+    ranks_that_do_not_divide,
     bad_deepspeed_json,
 ]
 
@@ -188,6 +193,21 @@ def test_a_mistake_is_one_line_and_costs_nothing(trainer, trained, tmp_path, cap
     assert metrics(output) == metrics(trained)
     assert summary(output) == summary(trained)
     assert files(output) == before
+
+
+@pytest.mark.parametrize(
+    ("native", "wanted"),
+    [(True, "attention heads, of which every rank"), (False, "needs the native")],
+)
+def test_what_ranks_cannot_do_together_is_known_before_step_1(
+    trainer, tmp_path, capsys, monkeypatch, native, wanted
+):
+    """As if there were 64 ranks."""
+    monkeypatch.setattr(preflight, "check_divides", lambda size, setting: None)
+    monkeypatch.setattr(preflight, "native_available", lambda: native)
+    trainer(tmp_path / "output", "--inference-tp", "64", expect=2)
+    check_one_line(capsys.readouterr().err, wanted)
+    assert not (tmp_path / "output" / "sft").exists()
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
