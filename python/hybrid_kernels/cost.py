@@ -70,7 +70,6 @@ COSTS: Mapping[str, Cost] = {
     "ppo_policy_loss": Cost("17 n", launches=2),
     "ppo_value_loss": Cost("17 n", launches=2),
     "triton linear": Cost("(M K + N K + M N) s", products="2 M N K"),
-    "triton linear_token_logprobs": Cost("(M K + V K) s", products="2 M V K", launches=2),
 }
 
 
@@ -128,7 +127,6 @@ CASES: tuple[tuple[str, str, Sizes], ...] = (
     ("train 8192, gate|up", "triton linear", {**_TRAIN, "N": 2 * 14336}),
     ("train 8192", "gated_activation", {**_TRAIN, "n": 8192 * 14336}),
     ("train 8192", "gated_activation_backward", {**_TRAIN, "n": 8192 * 14336}),
-    ("train 8192", "triton linear_token_logprobs", _TRAIN),
     ("train 8192", "token_logprobs_backward", {**_TRAIN, "M": 256}),
     ("gate|up", "lora_merge", {**_TRAIN, "n": 2 * 14336 * 4096}),
     ("512 x 1024", "gae", {"n": 512 * 1024}),

@@ -27,7 +27,7 @@ def on_cuda(dtype: torch.dtype) -> Any:
 @pytest.fixture(autouse=True)
 def cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends that norms and advantages have CUDA kernels, and nothing else."""
-    monkeypatch.setattr(_dispatch, "has_cuda_kernel", lambda op: op in ("rms_norm", "gae"))
+    monkeypatch.setattr(_dispatch, "_has_cuda_kernel", lambda op: op in ("rms_norm", "gae"))
     monkeypatch.setattr(_dispatch, "_warn_once", lambda message: None)
     monkeypatch.delenv("HYBRID_KERNELS_REQUIRE_NATIVE", raising=False)
 

@@ -186,7 +186,7 @@ def peak():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 torch.set_num_threads(2)
-rows, vocab, width = 128, 1 << 18, 16
+rows, vocab, width = 128, 1 << 19, 16
 hidden, weight = torch.randn(rows, width), torch.randn(vocab, width)
 ids = torch.arange(rows)
 rules = ((1.0, 0, 1.0), (0.0, 0, 1.0), (1.0, 50, 1.0), (1.0, 0, 0.8))
@@ -204,8 +204,8 @@ print(peak() - before, rows * vocab * 4 / 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_logits_are_never_in_memory() -> None:
-    """128 MiB of them, if they were; three floats in 64 are 6 MiB, the blocks drawn from 16 MiB."""
+    """256 MiB of them, if they were; three floats in 64 are 12 MiB, the blocks kept 16 MiB."""
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     grown, logits = map(float, result.stdout.split())
-    assert grown < logits / 3
+    assert grown < logits / 4

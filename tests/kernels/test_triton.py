@@ -44,25 +44,6 @@ def test_exact_products_are_asked_for_and_need_triton(monkeypatch: pytest.Monkey
         _exact.exact(x)
 
 
-@outside
-def test_triton_scores_whole_vocabularies_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    half, float32 = on_a_gpu(torch.bfloat16), on_a_gpu(torch.float32)
-    kernels = {"token_logprobs_backward"}
-    monkeypatch.setattr(_exact.triton_kernels, "installed", lambda: True)
-    monkeypatch.setattr(_exact, "has_cuda_kernel", kernels.__contains__)
-    assert _exact.triton_scores(half, half, None)
-    assert not _exact.triton_scores(half, half, torch.zeros(1))
-    assert not _exact.triton_scores(half, float32, None)
-    assert not _exact.triton_scores(torch.zeros(1, 1), torch.zeros(1, 1), None)
-    kernels.add("linear_token_logprobs")
-    assert not _exact.triton_scores(half, half, None)
-    kernels.clear()
-    assert not _exact.triton_scores(half, half, None)
-    kernels.add("token_logprobs_backward")
-    monkeypatch.setattr(_exact.triton_kernels, "installed", lambda: False)
-    assert not _exact.triton_scores(half, half, None)
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU tensors take the way of tensors on a GPU; the interpreter serves them."""
@@ -71,7 +52,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "exact", lambda tensor: True)
     with torch.library._scoped_library("hybrid_kernels_triton", "IMPL") as library:
         library.impl("linear", _exact.linear_kernel, "CPU")
-        library.impl("linear_token_logprobs", _exact.score_kernel, "CPU")
         yield
 
 
@@ -108,28 +88,6 @@ def test_drawn_tokens_score_what_they_were_drawn_with(as_on_a_gpu: None) -> None
     scores, _ = reference_scores(again @ weight.T, tokens, 0.8)
     scores.sum().backward()
     torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-4, atol=1e-4)
-
-
-@interpreted
-def test_triton_scores_are_differentiable(
-    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    head = importlib.import_module("hybrid_kernels.ops.head")
-    monkeypatch.setattr(head, "exact", lambda tensor: False)
-    monkeypatch.setattr(head, "triton_scores", lambda *_: True)
-    hidden, weight, _ = products(11, 40, 90, 20, torch.float32)
-    targets = torch.arange(40)
-    results = []
-    for score in (
-        lambda h, w: ops.linear_token_logprobs(h, w, targets, 1.3),
-        lambda h, w: reference_scores(h @ w.T, targets, 1.3),
-    ):
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logprob, entropy = score(*leaves)
-        grads = torch.autograd.grad((logprob * 2 + entropy).sum(), leaves)
-        results.append([logprob, entropy, *grads])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @outside
@@ -222,44 +180,3 @@ def test_strided_and_empty_rows_and_bad_shapes() -> None:
     assert linear(x.view(2, 3, 20), weight, None, None, None, 1.0, []).shape == (2, 3, 10)
     with pytest.raises(ValueError, match=r"weight is \[10, 19\]"):
         linear(x, weight[:, :19], None, None, None, 1.0, [])
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", HALVES_AND_FLOATS)
-@pytest.mark.parametrize(
-    ("rows", "vocab", "width", "temperature"),
-    [(1, 1, 3, 1.0), (33, 127, 16, 0.7), (65, 129, 70, 1.0), (5, 4097, 20, 1.3)],
-)
-def test_scores_without_logits(
-    rows: int, vocab: int, width: int, temperature: float, dtype: torch.dtype
-) -> None:
-    from hybrid_kernels.triton_kernels.head import token_logprobs
-
-    hidden, weight, _ = products(5, rows, vocab, width, dtype)
-    targets = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(6))
-    logits = hidden.double() @ weight.double().T
-    *exact, lse = (
-        *reference_scores(logits, targets, temperature),
-        (logits / temperature).logsumexp(1),
-    )
-    plain = reference_scores(hidden.float() @ weight.float().T, targets, temperature)
-    *ours, our_lse = token_logprobs(hidden, weight, targets, temperature)
-    for a, b, c in zip(ours, exact, plain, strict=True):
-        assert_about_as_accurate(a, b, c)
-    torch.testing.assert_close(our_lse, lse, rtol=2e-6, atol=2e-6)
-
-
-@interpreted
-def test_scores_do_not_depend_on_the_rows_beside() -> None:
-    from hybrid_kernels.triton_kernels.head import token_logprobs
-
-    hidden, weight, _ = products(7, 70, 200, 30, torch.float32)
-    targets = torch.arange(70)
-    targets[3] = 200  # outside
-    whole = token_logprobs(hidden, weight, targets, 0.9)
-    assert whole[0][3].isnan()
-    assert whole[0].isnan().sum() == 1
-    for first, last in ((0, 1), (10, 43), (69, 70)):
-        part = token_logprobs(hidden[first:last], weight, targets[first:last], 0.9)
-        for a, b in zip(part, whole, strict=True):
-            assert torch.equal(a, b[first:last].contiguous()) or a.isnan().any()

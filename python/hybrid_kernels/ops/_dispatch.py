@@ -113,7 +113,7 @@ def use_native(op: str, *tensors: Tensor | None) -> bool:
 def _takes(op: str, tensor: Tensor, floating: list[torch.dtype]) -> bool:
     if tensor.is_cpu:
         return not tensor.is_floating_point() or tensor.dtype is torch.float32
-    if not tensor.is_cuda or not has_cuda_kernel(op):
+    if not tensor.is_cuda or not _has_cuda_kernel(op):
         return False
     return not tensor.is_floating_point() or (
         tensor.dtype is floating[0]
@@ -128,7 +128,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @functools.cache
-def has_cuda_kernel(op: str) -> bool:
+def _has_cuda_kernel(op: str) -> bool:
     """Whether the native library was built with a CUDA kernel of an operator."""
     return _native_ready() and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"{NAMESPACE}::{op}", "CUDA"

@@ -17,16 +17,11 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import triton_kernels
-from hybrid_kernels.ops._dispatch import has_cuda_kernel
 
 LIBRARY = torch.library.Library("hybrid_kernels_triton", "DEF")
 LIBRARY.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b,"
     " float lora_scale, int[] lora_splits, bool float_output) -> Tensor"
-)
-LIBRARY.define(
-    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor targets, float temperature)"
-    " -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor threshold)"
 )
 
 
@@ -46,20 +41,6 @@ def exact(tensor: Tensor) -> bool:
     return True
 
 
-def triton_scores(hidden: Tensor, weight: Tensor, thresholds: Tensor | None) -> bool:
-    """Whether Triton's kernel takes a head to be scored: where there is no CUDA kernel for it, but
-    one for the backward.
-    """
-    return (
-        hidden.is_cuda
-        and thresholds is None
-        and hidden.dtype is weight.dtype
-        and triton_kernels.installed()
-        and not has_cuda_kernel("linear_token_logprobs")
-        and has_cuda_kernel("token_logprobs_backward")
-    )
-
-
 def linear_kernel(
     x: Tensor,
     weight: Tensor,
@@ -75,17 +56,7 @@ def linear_kernel(
     return linear(x, weight, bias, lora_a, lora_b, lora_scale, lora_splits, float_output)
 
 
-def score_kernel(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from hybrid_kernels.triton_kernels.head import token_logprobs
-
-    logprob, entropy, lse = token_logprobs(hidden, weight, targets, temperature)
-    return logprob, entropy, lse, torch.full_like(logprob, -torch.inf)
-
-
 LIBRARY.impl("linear", linear_kernel, "CUDA")
-LIBRARY.impl("linear_token_logprobs", score_kernel, "CUDA")
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -93,10 +64,4 @@ def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-def _fake_scores(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    row = hidden.new_empty(hidden.shape[:1], dtype=torch.float32)
-    return row, torch.empty_like(row), row.double(), torch.empty_like(row)
-
-
 torch.library.register_fake("hybrid_kernels_triton::linear", _fake_linear)
-torch.library.register_fake("hybrid_kernels_triton::linear_token_logprobs", _fake_scores)

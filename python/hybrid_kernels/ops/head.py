@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hybrid_kernels.ops._dispatch import register, use_native_with_weight, widened
-from hybrid_kernels.ops._exact import exact, triton_scores
+from hybrid_kernels.ops._exact import exact
 from hybrid_kernels.ops.linear import linear, logits_of, matmul
 from hybrid_kernels.ops.sampling import Sample, sample, token_logprobs
 from hybrid_kernels.reference import sampling as reference
@@ -55,11 +54,6 @@ def linear_token_logprobs(
         raise ValueError(f"linear_token_logprobs: chunk_rows is {chunk_rows}; expected at least 1")
     if exact(hidden):
         return _chunked(_exact_scores, hidden, weight, targets, temperature, thresholds, chunk_rows)
-    if triton_scores(hidden, weight, thresholds):
-        logprob, entropy, _, _ = torch.ops.hybrid_kernels_triton.linear_token_logprobs(
-            hidden, weight, targets, temperature
-        )
-        return logprob, entropy
     if use_native_with_weight("linear_token_logprobs", hidden, weight):
         logprob, entropy, _, _ = torch.ops.hybrid_kernels.linear_token_logprobs(
             hidden, weight, targets, temperature, thresholds, chunk_rows
@@ -197,19 +191,4 @@ register(
         *(_row(hidden) for _ in range(5)),
     ),
     half_on_cuda=True,
-)
-
-
-def _triton_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup(ctx, (*inputs, None, 256), output)
-
-
-def _triton_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(ctx, *grads)[:4]
-
-
-torch.library.register_autograd(
-    "hybrid_kernels_triton::linear_token_logprobs",
-    once_differentiable(_triton_backward),
-    setup_context=_triton_setup,
 )

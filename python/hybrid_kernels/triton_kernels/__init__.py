@@ -1,7 +1,7 @@
-"""The kernels that are written in Triton: large matrix products, alone and under a reduction.
+"""The kernels that are written in Triton: large matrix products with one order of sums.
 
-Each file holds a kernel, opened by its mapping, bytes, flops and bound, and a launcher that takes
-tensors. `ops` decides who calls them; `gate` compiles them for every GPU without one.
+A file holds a kernel, opened by its mapping, bytes, flops and bound, and a launcher that takes
+tensors. `ops` decides who calls it; `gate` compiles it for every GPU without one.
 
 Triton is an extra (``pip install hybrid-engine[triton]``, MIT licence); it comes with CUDA builds
 of torch.

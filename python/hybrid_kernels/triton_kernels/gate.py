@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybrid_kernels.triton_kernels import head, linear
+from hybrid_kernels.triton_kernels import linear
 
 TARGETS = (80, 90, 100)
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,14 +46,6 @@ def instances() -> list[Instance]:
     for dtype in TYPES:
         for bias, lora, wide in ((False, False, True), (True, False, False), (True, True, False)):
             found.append(_linear(dtype, bias, lora, wide))
-        found.append(_chunk(dtype))
-    merge = {"partial": "*fp32", "targets": "*i64", "logprob": "*fp32", "entropy": "*fp32"}
-    merge |= {"lse": "*fp64", "N": "i32", "V": "i32", "chunks": "i32"}
-    found.append(
-        Instance(
-            "head_merge", head.head_merge_kernel, merge, {"ROWS": head.MERGE_ROWS}, False, 4, 1
-        )
-    )
     return found
 
 
@@ -71,20 +63,6 @@ def _linear(dtype: str, bias: bool, lora: bool, wide: bool) -> Instance:
         dtype != "fp32",
         linear.WARPS,
         linear.STAGES,
-    )
-
-
-def _chunk(dtype: str) -> Instance:
-    types = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "targets": "*i64", "partial": "*fp32"}
-    types |= dict.fromkeys(("N", "V", "K", "hidden_stride", "weight_stride"), "i32")
-    return Instance(
-        f"head_chunk<{dtype}>",
-        head.head_chunk_kernel,
-        {**types, "inverse_temperature": "fp32"},
-        {"CHAINS": dtype == "fp32", "CHUNK": head.CHUNK, **linear.tile_for(TYPES[dtype])},
-        dtype != "fp32",
-        head.WARPS,
-        head.STAGES,
     )
 
 
