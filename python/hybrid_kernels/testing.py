@@ -59,7 +59,9 @@ class BadInput:
 
 def as_accurate(actual: Any, exact: Any, plain: Any, factor: float) -> None:
     """The default comparison of an `OpCase`: `assert_as_accurate`, output by output."""
-    for got, want, ordinary in zip(_outputs(actual), _outputs(exact), _outputs(plain), strict=True):
+    for got, want, ordinary in zip(
+        outputs_of(actual), outputs_of(exact), outputs_of(plain), strict=True
+    ):
         assert_as_accurate(got, want, ordinary, factor)
 
 
@@ -101,7 +103,7 @@ class OpCase:
         leaves = list(args)
         for position in self.differentiable:
             leaves[position] = args[position].detach().requires_grad_()
-        outputs = [out for out in _outputs(function(*leaves)) if out.requires_grad]
+        outputs = [out for out in outputs_of(function(*leaves)) if out.requires_grad]
         rng = torch.Generator().manual_seed(seed)
         weights = [torch.randn(out.shape, generator=rng).to(out) for out in outputs]
         wanted = [leaves[position] for position in self.differentiable]
@@ -142,7 +144,7 @@ def assert_as_accurate(actual: Tensor, exact: Tensor, plain: Tensor, factor: flo
 
 def assert_same_bits(first: Any, second: Any) -> None:
     """Asserts that two results are equal bit for bit (NaNs compare by position)."""
-    for a, b in zip(_outputs(first), _outputs(second), strict=True):
+    for a, b in zip(outputs_of(first), outputs_of(second), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -166,7 +168,7 @@ def available_devices() -> list[str]:
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def _outputs(result: Any) -> list[Tensor]:
+def outputs_of(result: Any) -> list[Tensor]:
     """The tensors of a result: one, or those of a (named) tuple or dataclass."""
     if isinstance(result, Tensor):
         return [result]
@@ -177,5 +179,5 @@ def _outputs(result: Any) -> list[Tensor]:
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, tuple | list) or hasattr(item, "__dataclass_fields__"):
-            found += _outputs(item)
+            found += outputs_of(item)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybrid_kernels import ops, reference
-from hybrid_kernels.testing import Args, BadInput, OpCase, Shape
+from hybrid_kernels.testing import Args, BadInput, OpCase, Shape, assert_same_bits
 
 GAP = 5  # bytes of `out` before, between and after the parameters
 
@@ -52,7 +52,7 @@ def _unsharded(function):
 
 
 def _exactly(actual, exact, plain, factor):
-    torch.testing.assert_close(actual, plain, rtol=0, atol=0)
+    assert_same_bits(actual, plain)
 
 
 CASES = [
