@@ -245,31 +245,31 @@ class GatheredWeights:
         return _PATIENCE_SECONDS if late else 0.0
 
     def _receive(self, coming: _Coming) -> bool:
-        """Lays the part out where it belongs. Returns whether any rank was in a rollout when it
-        was sent, which then takes another round.
+        """Lays the part out where it belongs. Returns whether another round is wanted: whether any
+        rank was in a rollout when it sent this.
         """
-        words = []
-        if coming.arrival is not None:
-            coming.arrival.wait()
-            words = coming.arrival.words() if self.policy.streams else []
+        if coming.arrival is None:
+            self.gate.open(coming.number)
+            return True
+        coming.arrival.wait()
+        words = coming.arrival.words() if self.policy.streams else [NOBODY]
         if self._streamed[:1] == (coming.number,):
             # Ranks that compute a layer together read the same rounds of it, or none.
             together = all(words[r] == coming.reader for r in self._together)
             self.gate.begin_round(coming.reader if together else NOBODY)
         if coming.number not in self._streamed:
-            self._lay_out(coming)
+            self._lay_out(coming.number, coming.arrival)
         elif self.gate.delivering:
             slot = self._slots[coming.number - 1]
             self.gate.await_release(self._last_in.get(slot, coming.number))
             self._last_in[slot] = coming.number
-            self._lay_out(coming)
+            self._lay_out(coming.number, coming.arrival)
         return any(word != NOBODY for word in words)
 
-    def _lay_out(self, coming: _Coming) -> None:
-        if coming.arrival is not None:
-            runs = self._plan.parts[coming.number].runs
-            ops.unshard_(self._weights.storage, coming.arrival.everyone, *runs)
-        self.gate.open(coming.number)
+    def _lay_out(self, number: int, arrival: Arrival) -> None:
+        runs = self._plan.parts[number].runs
+        ops.unshard_(self._weights.storage, arrival.everyone, *runs)
+        self.gate.open(number)
 
 
 def free_for_weights(kv_bytes: int) -> int:

@@ -96,7 +96,7 @@ def weights_of(
     """
     in_shards = train_engine is not None and train_engine.zero_stage == 3 and world_size() > 1
     if in_shards and weight_bytes:
-        _check_can_stream(merge_adapters)
+        check_can_stream(merge_adapters)
     if merge_adapters:
         return MergedWeights(model, train_engine, slices)
     if in_shards and isinstance(model, CausalLM) and native_available():
@@ -104,7 +104,8 @@ def weights_of(
     return OwnWeights(model, slices)
 
 
-def _check_can_stream(merge_adapters: bool) -> None:
+def check_can_stream(merge_adapters: bool) -> None:
+    """Raises UserError where gathered weights cannot keep to a limit."""
     if merge_adapters:
         raise UserError(
             "weight_bytes cannot limit weights that adapters are merged into, because under ZeRO-3 "

@@ -6,15 +6,16 @@ import dataclasses
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank, world_size
-from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
+from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine, gather
 from hybrid_engine.engine.gather_plan import part_sizes
-from hybrid_engine.engine.gather_policy import GatherPolicy
+from hybrid_engine.engine.gather_policy import GatherPolicy, Group
 from hybrid_engine.engine.slices import Slices
 from hybrid_engine.engine.staging import shards_group
 from hybrid_engine.models import CausalLM, LoRAConfig, pack, response_rows
@@ -36,6 +37,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     merge: bool = False
     pinned: int | None = None  # layers that stay; None: all
+    sockets: bool = False  # as between hosts
 
     def model(self, directory: Path) -> CausalLM:
         return load_sharpened(directory / self.layout, self.lora).to(self.dtype)
@@ -64,6 +66,11 @@ STREAMED = {
     "projected streamed": Case("opt-350m", pinned=0),
     "bfloat16 streamed": Case("llama-uneven", LORA, torch.bfloat16, pinned=0),
 }
+SOCKETS = {
+    "sockets": Case("llama-uneven", LORA, sockets=True),
+    "sockets streamed": Case("gpt2-uneven", pinned=0, sockets=True),
+}
+EVERY_CASE = {**CASES, **STREAMED, **SOCKETS}
 FEW_STREAMED = ("llama-lora streamed", "opt streamed", "gpt2 streamed", "bfloat16 streamed")
 FAMILIES = tuple(CASES)[:6]
 STAGES = (0, 1, 2, 3)
@@ -82,7 +89,11 @@ def limit_of(case: Case, model: CausalLM, slices: Slices | None = None) -> int:
     if case.pinned is None:
         return 0
     policy = GatherPolicy(model.spec.num_layers, case.pinned)
-    return policy.held_bytes(part_sizes(model, world_size(), slices), shards_group())
+    return policy.held_bytes(part_sizes(model, world_size(), slices), group_of(case))
+
+
+def group_of(case: Case) -> Group:
+    return Group(world_size()) if case.sockets else shards_group()
 
 
 def share() -> list[int]:
@@ -113,6 +124,8 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
     """Generate, train, generate again, score with the training forward."""
     engine = make_engine(directory, case, stage)
     mine = share()
+    with mock.patch.object(gather, "shards_group", return_value=group_of(case)):
+        rollout_of(engine, [])
     with engine.generation():
         before = rollout_of(engine, mine)
         first = pointers(engine)
@@ -136,7 +149,7 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
 
 def few(directory: str) -> dict[str, Any]:
     """Every case in shards; every stage for one."""
-    in_shards = (*CASES, *FEW_STREAMED)
+    in_shards = (*CASES, *FEW_STREAMED, *SOCKETS)
     return run_cases(
         directory, [(name, 3) for name in in_shards] + [("opt-lora", n) for n in (0, 1, 2)]
     )
@@ -144,7 +157,7 @@ def few(directory: str) -> dict[str, Any]:
 
 def many(directory: str) -> dict[str, Any]:
     wanted = [(name, stage) for name in FAMILIES for stage in STAGES]
-    return run_cases(directory, wanted + [(name, 3) for name in STREAMED])
+    return run_cases(directory, wanted + [(name, 3) for name in (*STREAMED, *SOCKETS)])
 
 
 def run_cases(directory: str, wanted: list[tuple[str, int]]) -> dict[str, Any]:
@@ -153,13 +166,13 @@ def run_cases(directory: str, wanted: list[tuple[str, int]]) -> dict[str, Any]:
 
 def case_of(name: str) -> Case:
     """With or without a stage behind it."""
-    return {**CASES, **STREAMED}[name.split("/")[0]]
+    return EVERY_CASE[name.split("/")[0]]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for layout in {case.layout for case in (*CASES.values(), *STREAMED.values())}:
+    for layout in {case.layout for case in EVERY_CASE.values()}:
         save_causal(layout, root / layout)
     return root
 

@@ -71,11 +71,26 @@ def unequal(directory: str) -> dict[str, Any]:
     return {**found, "plans": plans}
 
 
-def test_ranks_of_unequal_length(tmp_path: Path) -> None:
-    save_causal("llama-uneven", tmp_path / "llama-uneven")
-    ranks = results_of(f"{__name__}:unequal", 2, tmp_path)
-    alone = HybridEngine(STREAMED.model(tmp_path), None)
-    for who, found in enumerate(ranks):
+def everything(directory: str) -> dict[str, Any]:
+    """One start of two ranks for all of it; the last leaves their group broken."""
+    return {scene.__name__: scene(directory) for scene in (unequal, endings, limits, breaking)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    save_causal("llama-uneven", root / "llama-uneven")
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> list[dict[str, Any]]:
+    return results_of(f"{__name__}:everything", 2, directory)
+
+
+def test_ranks_of_unequal_length(ranks, directory) -> None:
+    alone = HybridEngine(STREAMED.model(directory), None)
+    for who, found in enumerate(results["unequal"] for results in ranks):
         tokens, passes, rounds = found["unequal"]
         assert tokens == generate(alone, LENGTHS[who]).tokens
         assert passes == LENGTHS[who]
@@ -89,7 +104,7 @@ def test_ranks_of_unequal_length(tmp_path: Path) -> None:
         assert found["captured"] == found["scored"]
         (plan,) = found["plans"]
         assert plan.startswith("generation keeps 0 of 3 layers and streams 3 through 2 places: ")
-    assert ranks[1]["alone"] == generate(alone, 5).tokens
+    assert ranks[1]["unequal"]["alone"] == generate(alone, 5).tokens
 
 
 def endings(directory: str) -> dict[str, Any]:
@@ -118,10 +133,9 @@ def endings(directory: str) -> dict[str, Any]:
     return found
 
 
-def test_what_ends_a_rollout_on_one_rank(tmp_path: Path) -> None:
-    save_causal("llama-uneven", tmp_path / "llama-uneven")
-    first, second = results_of(f"{__name__}:endings", 2, tmp_path)
-    whole = generate(HybridEngine(STREAMED.model(tmp_path), None), 12).tokens
+def test_what_ends_a_rollout_on_one_rank(ranks, directory) -> None:
+    first, second = (results["endings"] for results in ranks)
+    whole = generate(HybridEngine(STREAMED.model(directory), None), 12).tokens
     assert first["callback"] == first["ctrl-c"] == [whole[0][:1], *whole[1:]]
     assert second["callback"] == ["EnoughError", [0]]
     assert second["ctrl-c"] == ["KeyboardInterrupt", [0]]
@@ -149,9 +163,8 @@ def breaking(directory: str) -> str:
     return str(caught.value)
 
 
-def test_a_thread_that_breaks_down_ends_all_ranks(tmp_path: Path) -> None:
-    save_causal("llama-uneven", tmp_path / "llama-uneven")
-    messages = results_of(f"{__name__}:breaking", 2, tmp_path)
+def test_a_thread_that_breaks_down_ends_all_ranks(ranks) -> None:
+    messages = [results["breaking"] for results in ranks]
     for message in messages:
         assert message.startswith("gathering the weights for generation: ")
         assert message.endswith("look at the other ranks' output for the cause")
@@ -174,12 +187,11 @@ def killed(directory: str, results: str) -> None:
     Path(results).write_text(str(caught.value))
 
 
-def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
-    save_causal("llama-uneven", tmp_path / "llama-uneven")
-    done = run_ranks(f"{__name__}:killed", 2, str(tmp_path), str(tmp_path / "told"), timeout=60.0)
+def test_a_killed_rank_ends_the_others(directory, tmp_path) -> None:
+    told = tmp_path / "told"
+    done = run_ranks(f"{__name__}:killed", 2, str(directory), str(told))
     assert done.returncode != 0
-    told = (tmp_path / "told").read_text()
-    assert told.startswith("gathering the weights for generation: ")
+    assert told.read_text().startswith("gathering the weights for generation: ")
 
 
 def limits(directory: str) -> dict[str, str]:
@@ -195,8 +207,7 @@ def limits(directory: str) -> dict[str, str]:
     return {**found, "merged": str(refused.value)}
 
 
-def test_limits_that_cannot_be_kept_are_refused_on_all_ranks(tmp_path: Path) -> None:
-    save_causal("llama-uneven", tmp_path / "llama-uneven")
-    for found in results_of(f"{__name__}:limits", 2, tmp_path):
+def test_limits_that_cannot_be_kept_are_refused_on_all_ranks(ranks) -> None:
+    for found in (results["limits"] for results in ranks):
         assert "with 0 of 3 layers kept and the others streamed" in found["short"]
         assert "leave out merge_adapters or weight_bytes" in found["merged"]
