@@ -14,7 +14,10 @@ from benchmarks.workload import random_prompts
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import barrier, rank
 from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
-from hybrid_engine.models import load_causal_lm
+from hybrid_engine.engine.gather_plan import part_sizes
+from hybrid_engine.engine.gather_policy import GatherPolicy
+from hybrid_engine.engine.staging import shards_group
+from hybrid_engine.models import CausalLM, load_causal_lm
 
 PROMPTS = 8
 
@@ -35,15 +38,23 @@ class _Rank:
         self._model = model
         self._engine, self._peer = cache(self._make_engine), cache(lambda: HFZero3(model))
 
-    def _make_engine(self, stage: int) -> HybridEngine:
+    def _make_engine(self, stage: int, pinned: int | None) -> HybridEngine:
         model = load_causal_lm(self._model)
         settings = {"zero_optimization": {"stage": stage}}
-        return HybridEngine(model, None, TrainEngine(model, OptimizerConfig(), 1, settings))
+        train_engine = TrainEngine(model, OptimizerConfig(), 1, settings)
+        limit = 0 if pinned is None else _limit(model, pinned)
+        return HybridEngine(model, None, train_engine, weight_bytes=limit)
 
     def ours(
-        self, stage: int, length: int, new_tokens: int, greedy: bool = False
+        self,
+        stage: int,
+        length: int,
+        new_tokens: int,
+        greedy: bool = False,
+        pinned: int | None = None,
     ) -> dict[str, Any]:
-        engine = self._engine(stage)
+        """``pinned``: layers that stay gathered under stage 3; the others are streamed."""
+        engine = self._engine(stage, pinned)
         params = SamplingParams(
             max_new_tokens=new_tokens, temperature=0.0 if greedy else 1.0, ignore_eos=True
         )
@@ -63,7 +74,7 @@ class _Rank:
         """The gather alone, over a link that takes so many seconds a collective, the prefill
         alone, and both at once: seconds until all ranks have it.
         """
-        engine, prompts = self._engine(3), _prompts(length)
+        engine, prompts = self._engine(3, None), _prompts(length)
         first_token = SamplingParams(max_new_tokens=1)
         with slow_all_gathers(seconds):
             clock = _Clock()
@@ -95,6 +106,13 @@ class _Clock:
         barrier("lap")
         previous, self._last = self._last, time.perf_counter()
         return self._last - previous
+
+
+def _limit(model: CausalLM, pinned: int) -> int:
+    """What so many layers and the ring take; the model is in shards."""
+    group = shards_group()
+    policy = GatherPolicy(model.spec.num_layers, pinned)
+    return policy.held_bytes(part_sizes(model, group.ranks), group)
 
 
 def _prompts(length: int) -> list[list[int]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from hybrid_engine.config import RunConfig
+from hybrid_engine.distributed.collectives import world_size
 from hybrid_engine.distributed.subgroup import check_divides
 from hybrid_engine.engine.slices import slice_decoder
 from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING
+from hybrid_engine.engine.weights import check_can_stream
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import UnsupportedFamily
 from hybrid_engine.models.checkpoint_io import context_of, spec_of
@@ -40,6 +42,9 @@ def check_step_3(run: Run, zero_stage: int) -> None:
             "stage 0, 1 or 2"
         )
     check_inference_tp(run)
+    generation = config.rlhf.generation
+    if zero_stage == 3 and world_size() > 1 and generation.weight_bytes:
+        check_can_stream(generation.merge_adapters)
     needs_reward_model = build_rewards(config.judge).needs_model
     if needs_reward_model and not will_train(run, 2):
         run.trained_reward_model()

@@ -38,6 +38,8 @@ class Peers {
   // A rollout begins at one number on all ranks, greater than position() was on any of them, after a barrier.
   void begin(uint64_t position);
   uint64_t position() const { return position_; }
+  // Where the rollout began that is in progress: its name on all ranks.
+  uint64_t begun_at() const { return begun_at_; }
   // This rank ends the rollout that has begun: who waits for it in vain throws PeerLost.
   void leave();
 

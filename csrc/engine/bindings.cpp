@@ -10,6 +10,7 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <variant>
 
@@ -289,8 +290,20 @@ void check_signals() {
 void register_gate(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;  // a thread that waits may hold the lock and want the GIL
   py::class_<WeightGate, std::shared_ptr<WeightGate>>(m, "WeightGate", "Weights that arrive while they are in use.")
-      .def(py::init([] { return std::make_shared<WeightGate>(check_signals); }))
-      .def("open", &WeightGate::open, py::arg("part"), no_gil, "Part 0, 1, ... is there: see csrc/engine/weight_gate.h.")
+      .def(py::init([](std::set<int64_t> streamed) {
+             return std::make_shared<WeightGate>(check_signals, std::move(streamed));
+           }),
+           py::arg("streamed") = std::set<int64_t>{}, "Parts that come anew for every pass: see csrc/engine/weight_gate.h.")
+      .def("open", &WeightGate::open, py::arg("part"), no_gil, "Part 0, 1, ... is there.")
+      .def("await_release", &WeightGate::await_release, py::arg("part"), no_gil,
+           "Returns when a streamed part is read no more.")
+      .def("reader", &WeightGate::reader, py::arg("patience"), no_gil,
+           "The rollout in progress, or 0; waits for the first one up to so many seconds.")
+      .def("begin_round", &WeightGate::begin_round, py::arg("rollout"), no_gil,
+           "A round of the streamed parts begins, for a rollout, if it is still in progress.")
+      .def("enter", &WeightGate::enter, py::arg("rollout"), no_gil, "A rollout begins.")
+      .def("leave", &WeightGate::leave, no_gil, "It has ended.")
+      .def_property_readonly("delivering", &WeightGate::delivering, "Whether a rollout reads the present round.")
       .def("fail", &WeightGate::fail, py::arg("why"), no_gil, "Whoever waits gets a RuntimeError that says why.")
       .def("wait", &WeightGate::wait, py::arg("part"), no_gil, "Returns when the part is there.")
       .def("close", &WeightGate::close, no_gil, "Nothing is there any more.")
@@ -335,7 +348,7 @@ void register_program(py::module_& m) {
            py::arg("gate") = std::shared_ptr<WeightGate>{},
            "Takes the data pointers of float32 or bfloat16 CPU tensors, or of the row ranges that are this rank's; keeps "
            "them alive until unbind(). With a gate the "
-           "contents of float32 ones may come later: generate() waits for each part.")
+           "contents may come later: generate() waits for each part.")
       .def("unbind", &BoundProgram::unbind)
       .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
       .def("release_cache", &BoundProgram::release_cache, "Frees the KV cache that keep_cache=True kept.")

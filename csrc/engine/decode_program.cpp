@@ -357,6 +357,8 @@ GenerateResult DecodeProgram::generate(const GenerateRequest& request,
 GenerateResult DecodeProgram::serve(const GenerateRequest& request,
                                     const std::function<void(const Progress&)>& between_passes) {
   check(request);
+  ++rollouts_;
+  const GateVisit visit(gate_.get(), peers_ ? static_cast<int64_t>(peers_->begun_at()) : rollouts_);
   const std::vector<PromptRequest> queue = plan(request);
   const int64_t blocks = block_count(queue, request);
   struct ArenaGuard {

@@ -114,6 +114,7 @@ class DecodeProgram {
   std::optional<ModelWeights> weights_;
   std::shared_ptr<WeightGate> gate_;
   std::unique_ptr<KvArena> arena_;
+  int64_t rollouts_ = 0;
 };
 
 }  // namespace hybrid

@@ -66,6 +66,7 @@ Forward::Forward(const DecoderSpec& spec, const Slices& slices, const ModelWeigh
       low_rank_(max_rows * weights.max_lora_columns),
       part_(peers == nullptr ? 0 : max_rows * widest_part(slices)),
       whole_(peers == nullptr ? 0 : max_rows * std::max(spec.q_size(), spec.intermediate_size)),
+      widened_(weights.widenings.size()),
       sampler_(spec.vocab_size, max_logit_rows),
       max_logit_rows_(max_logit_rows) {}
 
@@ -89,12 +90,17 @@ void Forward::run(const Pass& pass) {
     } else {
       block_pre_norm(pass, layer);
     }
+    if (gate_ != nullptr) gate_->release(layer + 1);
   }
   gather(pass.logit_rows);
 }
 
 void Forward::await(int64_t part) {
   if (gate_ != nullptr) gate_->wait(part);
+  const bool comes_anew = gate_ != nullptr && gate_->is_streamed(part);
+  if (widened_[part] && !comes_anew) return;
+  for (const Widening& widening : weights_.widenings[part]) widening.run();
+  widened_[part] = true;
 }
 
 void Forward::find_slots(const Pass& pass) {

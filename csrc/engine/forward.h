@@ -52,6 +52,7 @@ class Forward {
   int64_t scratch_bytes() const;  // without what counts as kernel memory
 
  private:
+  // Until a part is there, and what it stores as bfloat16 but is read as float is widened.
   void await(int64_t part);
   void find_slots(const Pass& pass);
   void embed(const Pass& pass);
@@ -90,6 +91,7 @@ class Forward {
   FloatBuffer hidden_, delta_, normed_, embedded_, qkv_, attended_, mlp_in_, activated_, low_rank_;
   FloatBuffer part_, whole_;  // this rank's outputs of a layer; all ranks' inputs of the next
   std::vector<int32_t> owners_;  // of each row's embedding
+  std::vector<bool> widened_;    // of each part: since it came to stay
   HeadSampler sampler_;
   int64_t max_logit_rows_;
 };

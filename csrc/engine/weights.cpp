@@ -17,10 +17,11 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 class Resolver {
  public:
-  // `widened` takes the floats of parameters that are stored as bfloat16 and read as float.
-  Resolver(const TensorTable& table, const std::map<std::string, float>& lora_scales,
-           std::vector<std::unique_ptr<float[]>>& widened)
-      : table_(table), lora_scales_(lora_scales), widened_(widened) {}
+  Resolver(const TensorTable& table, const std::map<std::string, float>& lora_scales)
+      : table_(table), lora_scales_(lora_scales) {}
+
+  // What is resolved from now on; its parameters that are stored as bfloat16 and read as float go to `widenings`.
+  void begin_part(std::vector<Widening>& widenings) { widenings_ = &widenings; }
 
   // A matrix, read as it is stored; nullptr where it may be missing and is.
   const TensorView* optional_matrix(const std::string& name, const std::vector<int64_t>& shape) {
@@ -57,9 +58,8 @@ class Resolver {
 
   const float* as_floats(const Weight& weight, int64_t count) {
     if (weight.type == Weight::Type::kFloat32) return static_cast<const float*>(weight.data);
-    widened_.push_back(std::make_unique<float[]>(count));
-    widen(static_cast<const BFloat16*>(weight.data), count, widened_.back().get());
-    return widened_.back().get();
+    widenings_->push_back({static_cast<const BFloat16*>(weight.data), std::make_unique<float[]>(count), count});
+    return widenings_->back().to.get();
   }
 
   static int64_t elements(const std::vector<int64_t>& shape) {
@@ -158,7 +158,7 @@ class Resolver {
 
   const TensorTable& table_;
   const std::map<std::string, float>& lora_scales_;
-  std::vector<std::unique_ptr<float[]>>& widened_;
+  std::vector<Widening>* widenings_ = nullptr;
   std::set<std::string> used_;
 };
 
@@ -226,17 +226,23 @@ int64_t widest_low_rank(const ModelWeights& model) {
 ModelWeights resolve_weights(const DecoderSpec& spec, const Slices& slices, const TensorTable& table,
                              const std::map<std::string, float>& lora_scales) {
   ModelWeights model;
-  Resolver resolver(table, lora_scales, model.widened);
+  model.widenings.resize(spec.num_layers + 2);
+  Resolver resolver(table, lora_scales);
+  resolver.begin_part(model.widenings.front());
   const int64_t vocab = slices.own(slices.vocab);
   model.max_length = spec.max_positions;
   model.embed_tokens = resolver.required_weight("decoder.embed_tokens.weight", {vocab, spec.embed_dim});
   resolve_positions(resolver, spec, model);
   if (spec.projects_embedding()) {
     model.project_in = resolver.linear("decoder.project_in", spec.embed_dim, {slices.own(slices.hidden)});
-    model.project_out = resolver.linear("decoder.project_out", spec.hidden_size, {slices.own(slices.embed)});
   }
   for (int64_t i = 0; i < spec.num_layers; ++i) {
+    resolver.begin_part(model.widenings[i + 1]);
     model.blocks.push_back(resolve_block(resolver, spec, slices, "decoder.blocks." + std::to_string(i) + "."));
+  }
+  resolver.begin_part(model.widenings.back());
+  if (spec.projects_embedding()) {
+    model.project_out = resolver.linear("decoder.project_out", spec.hidden_size, {slices.own(slices.embed)});
   }
   if (spec.final_norm) model.final_norm = resolver.norm("decoder.final_norm", spec);
   model.head = resolve_head(resolver, spec, vocab, model.embed_tokens);

@@ -1,6 +1,7 @@
 // Named tensors resolved once per bind into the pointers that the layer walk reads. No matrix is copied: their pointers are the
 // training module's own storage, float32 or bfloat16. What is small and stored as bfloat16 (norms, biases, position tables,
-// low-rank factors) is widened once. A rank of a tensor-parallel group binds the rows that it computes, where they lie.
+// low-rank factors) is widened when the layer walk first meets it, and in every pass where it is streamed. A rank of a
+// tensor-parallel group binds the rows that it computes, where they lie.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -58,6 +59,14 @@ struct BlockWeights {
   const float* k_norm = nullptr;
 };
 
+// Floats that what is stored as bfloat16 is read through.
+struct Widening {
+  const BFloat16* from;
+  std::unique_ptr<float[]> to;
+  int64_t count;
+  void run() const { widen(from, count, to.get()); }
+};
+
 struct ModelWeights {
   Weight embed_tokens;                     // [V, embed_dim], of which a rank has its slice of V
   const float* embed_positions = nullptr;  // [offset + max_positions, hidden] or nullptr
@@ -70,7 +79,7 @@ struct ModelWeights {
   NormWeights final_norm;
   std::vector<BlockWeights> blocks;
   int64_t max_lora_columns = 0;                   // widest low-rank intermediate, for scratch
-  std::vector<std::unique_ptr<float[]>> widened;  // what the pointers to float above point to, where it was bfloat16
+  std::vector<std::vector<Widening>> widenings;   // of each part, numbered as in weight_gate.h
 };
 
 // Resolves every parameter of `spec` in `table` (names of docs/design.md, plus rope_cos, rope_sin, alibi_slopes): of linear

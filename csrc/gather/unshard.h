@@ -6,7 +6,8 @@
 namespace hybrid {
 
 struct UnshardArgs {
-  // [ranks, shard]: rank after rank, and within a rank part after part, as the collective delivers them.
+  // Rank r's shard begins at r * shard: rank after rank, as a collective delivers them, or where each rank shows its own.
+  // Within a shard lies part after part.
   const std::byte* shards;
   int64_t ranks, shard;
   // Run r is bytes [starts[r], starts[r] + sizes[r]) of a parameter, of which every rank holds parts[r] bytes at

@@ -30,7 +30,7 @@ void unshard_cuda(Tensor& out, const Tensor& shards_, at::IntArrayRef columns, a
                          .offsets = offsets.data(),
                          .runs = static_cast<int64_t>(columns.size()),
                          .out = output<std::byte>(out)};
-  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["E"]);
+  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["S"], dims["E"]);
   cuda::unshard(args, here.stream);
 }
 

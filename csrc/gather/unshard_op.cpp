@@ -21,10 +21,12 @@ void unshard_cpu(Tensor& out, const Tensor& shards_, at::IntArrayRef columns, at
     TORCH_CHECK_VALUE(list.size() == columns.size(), "unshard_: a list has ", list.size(), " entries where columns has ",
                       columns.size(), "; expected one a run");
   }
-  const Tensor shards = shards_.contiguous();
+  // Rows may be apart: in memory that ranks share, each has more than this part.
+  const bool rows_are_whole = dims["S"] <= 1 || shards_.stride(1) == 1;
+  const Tensor shards = rows_are_whole ? shards_ : shards_.contiguous();
   const UnshardArgs args{.shards = static_cast<const std::byte*>(shards.const_data_ptr()),
                          .ranks = dims["W"],
-                         .shard = dims["S"],
+                         .shard = shards.stride(0),
                          .columns = columns.data(),
                          .parts = parts.data(),
                          .starts = starts.data(),
@@ -32,7 +34,7 @@ void unshard_cpu(Tensor& out, const Tensor& shards_, at::IntArrayRef columns, at
                          .offsets = offsets.data(),
                          .runs = static_cast<int64_t>(columns.size()),
                          .out = static_cast<std::byte*>(out.mutable_data_ptr())};
-  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["E"]);
+  check_unshard_runs(args, columns, parts, starts, sizes, offsets, dims["S"], dims["E"]);
   unshard(args);
 }
 

@@ -41,6 +41,12 @@ class GenerationConfig(Options):
         "max_batch sequences can use",
         within="[0, inf)",
     )
+    weight_bytes: int = option(
+        0,
+        "most bytes of gathered weights on a rank, under ZeRO-3: layers beyond are streamed from "
+        "the other ranks in every pass; 0 takes half of the memory that is free",
+        within="[0, inf)",
+    )
     reuse_responses: bool = option(
         False,
         "when a prompt comes back, draw from the same random stream and try the last answer as a "

@@ -134,13 +134,13 @@ def barrier(
     missing = [r for r in everyone if r != own]
     while missing := [r for r in missing if not world.store.check([f"{place}/{number}/{r}"])]:
         if time.monotonic() > deadline:
-            raise RankTimeout(_describe_missing(world, missing, phase, limit))
+            raise RankTimeout(describe_missing(world, missing, phase, limit))
         time.sleep(_POLL_SECONDS)
     # Whoever is here has seen all of the previous barrier: its keys have served.
     world.store.delete_key(f"{place}/{number - 1}/{own}")
 
 
-def _describe_missing(world: World, missing: list[int], phase: str, limit: float) -> str:
+def describe_missing(world: World, missing: list[int], phase: str, limit: float) -> str:
     seen = [last_seen(world, r) for r in missing]
     return (
         f"rank {world.env.rank} waited {limit:.0f} s at {phase!r} for {', '.join(seen)}; "

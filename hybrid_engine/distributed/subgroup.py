@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +10,7 @@ from torch import Tensor
 
 from hybrid_engine.distributed.collectives import all_gather_json, barrier, rank, world_size
 from hybrid_engine.distributed.process_group import initialise
+from hybrid_engine.distributed.shared_memory import share_memory
 from hybrid_engine.errors import UserError
 
 
@@ -64,18 +61,10 @@ class Subgroup:
     def shared_memory(self, nbytes: int) -> Tensor:
         """``[nbytes]`` uint8, zero at first, that all ranks of the group read and write.
 
-        Its file is gone when this returns; the memory lives as long as a rank has it.
-
         Raises:
             UserError: the ranks are on several hosts.
         """
-        directory = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-        own = _create(directory, nbytes) if self.rank == 0 else ""
-        path = Path(self.gather_json(own)[0])
-        pages = _map(path, nbytes)
-        missing = [at for at, found in enumerate(self.gather_json(pages is not None)) if not found]
-        if self.rank == 0:
-            path.unlink()
+        pages, missing = share_memory(nbytes, self.rank == 0, self.gather_json)
         if pages is None or missing:
             away = ", ".join(str(self.first + at) for at in missing)
             raise UserError(
@@ -85,18 +74,3 @@ class Subgroup:
                 "divides the ranks of each host"
             )
         return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def _create(directory: str, nbytes: int) -> str:
-    descriptor, path = tempfile.mkstemp(prefix="hybrid-engine-", dir=directory)
-    os.truncate(descriptor, nbytes)
-    os.close(descriptor)
-    return path
-
-
-def _map(path: Path, nbytes: int) -> mmap.mmap | None:
-    try:
-        with path.open("r+b") as file:
-            return mmap.mmap(file.fileno(), nbytes)
-    except FileNotFoundError:
-        return None

@@ -6,7 +6,7 @@ Parameters travel as bytes, so float32 and bfloat16 share a collective.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_engine.distributed.device import compute_device
+from hybrid_engine.engine.gather_policy import GatherPolicy, PartSizes
 from hybrid_engine.engine.slices import Rows, Slices
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM
@@ -29,7 +30,7 @@ class Piece:
 
     Attributes:
         part: bytes of the flattened parameter on each rank; the last ranks' end in padding.
-        offset: the first byte in the arena of what is kept of it.
+        offset: the first byte in the arena of what is kept of it; streamed ones share theirs.
         rows: the rows that are kept; None: all of it.
     """
 
@@ -108,8 +109,20 @@ class GatherPlan:
     size: int
 
 
-def plan_gather(model: CausalLM, world_size: int, slices: Slices | None = None) -> GatherPlan:
-    """One part for the embedding, one a block, one for what follows.
+def part_sizes(model: CausalLM, world_size: int, slices: Slices | None = None) -> PartSizes:
+    """Of a model as for :func:`plan_gather`."""
+    parts = _pieces(model, world_size, slices)
+    return PartSizes(
+        tuple(sum(_aligned(piece.size) for piece in part.values()) for part in parts),
+        tuple(sum(piece.part for piece in part.values()) for part in parts),
+    )
+
+
+def plan_gather(
+    model: CausalLM, world_size: int, policy: GatherPolicy, slices: Slices | None = None
+) -> GatherPlan:
+    """One part for the embedding, one a block, one for what follows. What is pinned lies in the
+    arena one part after another; behind it is the ring.
 
     Args:
         model: partitioned by DeepSpeed's ZeRO-3 over ``world_size`` ranks.
@@ -118,19 +131,48 @@ def plan_gather(model: CausalLM, world_size: int, slices: Slices | None = None) 
     Raises:
         UserError: shards that cannot be read.
     """
-    parts: list[list[Piece]] = [[] for _ in range(model.spec.num_layers + 2)]
+    sizes, slots = part_sizes(model, world_size, slices), policy.slots()
+    in_ring = {block + 1: slot for block, slot in slots.items()}
+    ring = sum(size for number, size in enumerate(sizes.kept) if number not in in_ring)
     pieces: dict[Any, Piece] = {}
-    end = 0
-    for name, parameter in model.named_parameters():
-        shard = shard_of(name, parameter, world_size)
-        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        piece = Piece(parameter, shard.nbytes, offset, slices.rows(name) if slices else None)
-        end = piece.offset + piece.size
-        pieces[parameter] = piece
-        parts[_part_of(name, model.spec.num_layers)].append(piece)
+    parts, pinned_end = [], 0
+    for number, unplaced in enumerate(_pieces(model, world_size, slices)):
+        if number in in_ring:
+            start = ring + in_ring[number] * policy.ring_bytes(sizes)
+        else:
+            start, pinned_end = pinned_end, pinned_end + sizes.kept[number]
+        placed = _placed(unplaced, start)
+        parts.append(Part(tuple(placed.values())))
+        pieces |= placed
     every_name = model.named_parameters(remove_duplicate=False)
     names = {name: pieces[parameter] for name, parameter in every_name}
-    return GatherPlan(tuple(Part(tuple(part)) for part in parts), names, end)
+    return GatherPlan(
+        tuple(parts), names, ring + len(set(slots.values())) * policy.ring_bytes(sizes)
+    )
+
+
+def _pieces(model: CausalLM, world_size: int, slices: Slices | None) -> list[dict[Any, Piece]]:
+    """Of every part, by parameter; they have no place yet."""
+    parts: list[dict[Any, Piece]] = [{} for _ in range(model.spec.num_layers + 2)]
+    for name, parameter in model.named_parameters():
+        shard = shard_of(name, parameter, world_size)
+        rows = slices.rows(name) if slices else None
+        part = parts[_part_of(name, model.spec.num_layers)]
+        part[parameter] = Piece(parameter, shard.nbytes, 0, rows)
+    return parts
+
+
+def _placed(pieces: dict[Any, Piece], start: int) -> dict[Any, Piece]:
+    """One after another."""
+    placed = {}
+    for parameter, piece in pieces.items():
+        placed[parameter] = replace(piece, offset=start)
+        start += _aligned(piece.size)
+    return placed
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _part_of(name: str, num_layers: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,16 @@ class HybridEngine:
         train_engine: trains `model`; None for inference only.
         max_batch: sequences decoded together.
         kv_bytes: budget of the KV cache in bytes; 0 takes as much as `max_batch` sequences can use.
+        weight_bytes: what gathered weights may take on a rank, under ZeRO-3 with several ranks:
+            layers that do not fit are streamed from the other ranks in every pass. 0 takes half of
+            the memory that is free when the first phase begins.
         score_tokens: tokens in one pass of the scoring forward.
         merge_adapters: generate with LoRA adapters added into the weights, whose bits come back:
             faster, but its log-probabilities are no longer the training forward's to the bit.
         inference_tp: consecutive ranks, on one host, that generate together, each with a slice of
             every layer. All ranks must then make the same calls of `generate`; tokens and
             log-probabilities stay the same bits.
+        on_plan: called once, with a line that says which layers stay gathered and what they take.
 
     Raises:
         UserError: an ``inference_tp`` that the ranks or the model cannot serve.
@@ -74,18 +78,22 @@ class HybridEngine:
         *,
         max_batch: int = 64,
         kv_bytes: int = 0,
+        weight_bytes: int = 0,
         score_tokens: int = 8192,
         merge_adapters: bool = False,
         inference_tp: int = 1,
+        on_plan: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.train_engine = train_engine
         self.max_batch = max_batch
         self.kv_bytes = kv_bytes
+        self.weight_bytes = weight_bytes
         self.score_tokens = score_tokens
         self.merge_adapters = merge_adapters
         self.inference_tp = inference_tp
+        self._on_plan = on_plan
         self._check_inference_tp()
         self.eos_token_ids = end_token_ids(model, tokenizer)
         self._phase: str | None = None
@@ -131,7 +139,8 @@ class HybridEngine:
 
         Its weights are gathered once a phase, while the first rollout prefills: see
         `engine.gather`. Generating itself needs no message between ranks, so ranks may generate
-        unequally much and long.
+        unequally much and long. Where ``weight_bytes`` has layers streamed, a rank leaves when all
+        have: until then the others may need what it sends.
         """
         with self._enter("generation"), self._weights_source().whole():
             try:
@@ -152,7 +161,17 @@ class HybridEngine:
             if self.inference_tp > 1 and isinstance(self.model, CausalLM):
                 self._together = TensorParallel(self.model.spec, self.inference_tp)
                 slices = self._together.slices
-            self._weights = weights_of(self.model, self.train_engine, self.merge_adapters, slices)
+            weights = weights_of(
+                self.model,
+                self.train_engine,
+                self.merge_adapters,
+                slices,
+                weight_bytes=self.weight_bytes,
+                kv_bytes=self.kv_bytes,
+            )
+            if self._on_plan is not None and isinstance(weights, GatheredWeights):
+                self._on_plan(weights.plan_line)
+            self._weights = weights
         return self._weights
 
     def _check_inference_tp(self) -> None:

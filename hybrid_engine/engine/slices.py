@@ -44,6 +44,11 @@ class Slices:
     embed: tuple[int, ...]
     vocab: tuple[int, ...]
 
+    @property
+    def ranks(self) -> int:
+        """Of the group."""
+        return len(self.heads) - 1
+
     def as_dict(self) -> dict[str, Any]:
         """For the C++ program."""
         names = ("heads", "intermediate", "hidden", "embed", "vocab")

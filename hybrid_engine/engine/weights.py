@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from hybrid_engine.distributed.collectives import world_size
+from hybrid_engine.distributed.device import compute_device
 from hybrid_engine.engine.gather import GatheredWeights
 from hybrid_engine.engine.gather_plan import shard_of
 from hybrid_engine.engine.slices import Slices
 from hybrid_engine.engine.train_engine import TrainEngine
+from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, ForeignCausalLM, adapters_merged
 from hybrid_kernels import native_available
 
@@ -82,11 +84,35 @@ def weights_of(
     train_engine: TrainEngine | None,
     merge_adapters: bool,
     slices: Slices | None = None,
+    *,
+    weight_bytes: int = 0,
+    kv_bytes: int = 0,
 ) -> WeightSource:
-    """What serves a model in its ZeRO stage; under stage 3 every rank must call this."""
+    """What serves a model in its ZeRO stage; under stage 3 every rank must call this. The bytes are
+    those of `GatheredWeights`.
+
+    Raises:
+        UserError: a limit where weights are gathered whole whatever they take.
+    """
+    in_shards = train_engine is not None and train_engine.zero_stage == 3 and world_size() > 1
+    if in_shards and weight_bytes:
+        check_can_stream(merge_adapters)
     if merge_adapters:
         return MergedWeights(model, train_engine, slices)
-    in_shards = train_engine is not None and train_engine.zero_stage == 3 and world_size() > 1
     if in_shards and isinstance(model, CausalLM) and native_available():
-        return GatheredWeights(model, slices)
+        return GatheredWeights(model, slices, weight_bytes, kv_bytes)
     return OwnWeights(model, slices)
+
+
+def check_can_stream(merge_adapters: bool) -> None:
+    """Raises UserError where gathered weights cannot keep to a limit."""
+    if merge_adapters:
+        raise UserError(
+            "weight_bytes cannot limit weights that adapters are merged into, because under ZeRO-3 "
+            "they are gathered whole; leave out merge_adapters or weight_bytes"
+        )
+    if compute_device().type != "cpu":
+        raise UserError(
+            "weight_bytes: on a GPU all layers stay gathered while generating, and none can be "
+            "streamed; leave it out"
+        )

@@ -127,9 +127,11 @@ def assemble(
         policy,
         max_batch=config.rlhf.generation.max_batch,
         kv_bytes=config.rlhf.generation.kv_bytes,
+        weight_bytes=config.rlhf.generation.weight_bytes,
         score_tokens=config.rlhf.max_tokens_per_pass,
         merge_adapters=config.rlhf.generation.merge_adapters,
         inference_tp=config.rlhf.generation.inference_tp,
+        on_plan=lambda line: run.reporter.note(f"{STAGE}: {line}"),
     )
     return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
 

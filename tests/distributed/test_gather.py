@@ -6,13 +6,18 @@ import dataclasses
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import rank, world_size
-from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
+from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine, gather
+from hybrid_engine.engine.gather_plan import part_sizes
+from hybrid_engine.engine.gather_policy import GatherPolicy, Group
+from hybrid_engine.engine.slices import Slices
+from hybrid_engine.engine.staging import shards_group
 from hybrid_engine.models import CausalLM, LoRAConfig, pack, response_rows
 from tests.distributed.ranks import results_of
 from tests.engine.conftest import load_sharpened
@@ -31,6 +36,8 @@ class Case:
     lora: LoRAConfig | None = None
     dtype: torch.dtype = torch.float32
     merge: bool = False
+    pinned: int | None = None  # layers that stay; None: all
+    sockets: bool = False  # as between hosts
 
     def model(self, directory: Path) -> CausalLM:
         return load_sharpened(directory / self.layout, self.lora).to(self.dtype)
@@ -48,6 +55,23 @@ CASES = {
     "bfloat16": Case("llama-uneven", LORA, torch.bfloat16),
     "merged": Case("llama-uneven", LORA, merge=True),
 }
+STREAMED = {
+    "llama streamed": Case("llama-uneven", pinned=0),
+    "llama-lora streamed": Case("llama-uneven", LORA, pinned=0),
+    "opt streamed": Case("opt-uneven", pinned=0),
+    "opt-lora streamed": Case("opt-uneven", LORA, pinned=0),
+    "gpt2 streamed": Case("gpt2-uneven", pinned=0),
+    "gpt2-lora streamed": Case("gpt2-uneven", LORA, pinned=0),
+    "deep streamed": Case("llama-deep", pinned=4),
+    "projected streamed": Case("opt-350m", pinned=0),
+    "bfloat16 streamed": Case("llama-uneven", LORA, torch.bfloat16, pinned=0),
+}
+SOCKETS = {
+    "sockets": Case("llama-uneven", LORA, sockets=True),
+    "sockets streamed": Case("gpt2-uneven", pinned=0, sockets=True),
+}
+EVERY_CASE = {**CASES, **STREAMED, **SOCKETS}
+FEW_STREAMED = ("llama-lora streamed", "opt streamed", "gpt2 streamed", "bfloat16 streamed")
 FAMILIES = tuple(CASES)[:6]
 STAGES = (0, 1, 2, 3)
 
@@ -56,7 +80,20 @@ def make_engine(directory: str, case: Case, stage: int) -> HybridEngine:
     model = case.model(Path(directory))
     config = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_ratio=0.0)
     trained = TrainEngine(model, config, 9, {"zero_optimization": {"stage": stage}})
-    return HybridEngine(model, None, trained, merge_adapters=case.merge)
+    limit = limit_of(case, model) if stage == 3 and world_size() > 1 else 0
+    return HybridEngine(model, None, trained, merge_adapters=case.merge, weight_bytes=limit)
+
+
+def limit_of(case: Case, model: CausalLM, slices: Slices | None = None) -> int:
+    """What so many pinned layers take, and no byte more; the model is in shards."""
+    if case.pinned is None:
+        return 0
+    policy = GatherPolicy(model.spec.num_layers, case.pinned)
+    return policy.held_bytes(part_sizes(model, world_size(), slices), group_of(case))
+
+
+def group_of(case: Case) -> Group:
+    return Group(world_size()) if case.sockets else shards_group()
 
 
 def share() -> list[int]:
@@ -87,6 +124,8 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
     """Generate, train, generate again, score with the training forward."""
     engine = make_engine(directory, case, stage)
     mine = share()
+    with mock.patch.object(gather, "shards_group", return_value=group_of(case)):
+        rollout_of(engine, [])
     with engine.generation():
         before = rollout_of(engine, mine)
         first = pointers(engine)
@@ -110,23 +149,30 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
 
 def few(directory: str) -> dict[str, Any]:
     """Every case in shards; every stage for one."""
+    in_shards = (*CASES, *FEW_STREAMED, *SOCKETS)
     return run_cases(
-        directory, [(name, 3) for name in CASES] + [("opt-lora", n) for n in (0, 1, 2)]
+        directory, [(name, 3) for name in in_shards] + [("opt-lora", n) for n in (0, 1, 2)]
     )
 
 
 def many(directory: str) -> dict[str, Any]:
-    return run_cases(directory, [(name, stage) for name in FAMILIES for stage in STAGES])
+    wanted = [(name, stage) for name in FAMILIES for stage in STAGES]
+    return run_cases(directory, wanted + [(name, 3) for name in (*STREAMED, *SOCKETS)])
 
 
 def run_cases(directory: str, wanted: list[tuple[str, int]]) -> dict[str, Any]:
-    return {f"{name} {stage}": one_case(directory, CASES[name], stage) for name, stage in wanted}
+    return {f"{name}/{stage}": one_case(directory, case_of(name), stage) for name, stage in wanted}
+
+
+def case_of(name: str) -> Case:
+    """With or without a stage behind it."""
+    return EVERY_CASE[name.split("/")[0]]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for layout in {case.layout for case in CASES.values()}:
+    for layout in {case.layout for case in EVERY_CASE.values()}:
         save_causal(layout, root / layout)
     return root
 
@@ -147,7 +193,7 @@ def found(request: pytest.FixtureRequest, directory: Path) -> tuple[int, list[di
 def test_ranks_together_generate_what_one_does(found, directory) -> None:
     world, ranks = found
     for name in ranks[0]:
-        case = CASES[name.split()[0]]
+        case = case_of(name)
         engine = HybridEngine(case.model(directory), None, merge_adapters=case.merge)
         alone = rollout_of(engine, [*range(len(PROMPTS))])
         for who, results in enumerate(ranks):
@@ -162,7 +208,7 @@ def test_the_first_ratio_is_one(found) -> None:
     _, ranks = found
     for results in ranks:
         for name, result in results.items():
-            if not CASES[name.split()[0]].merge:  # W + s B A rounds otherwise than W x + s B (A x)
+            if not case_of(name).merge:  # W + s B A rounds otherwise than W x + s B (A x)
                 assert result["captured"] == result["scored"], name
             assert result["captured"] != result["logprobs"] or not result["tokens"], name
             assert result["repeats"], name
@@ -170,8 +216,7 @@ def test_the_first_ratio_is_one(found) -> None:
 
 def in_shards(name: str) -> bool:
     """Whether the product's own gather serves this case, and not DeepSpeed's."""
-    case, stage = name.split()
-    return stage == "3" and not CASES[case].merge
+    return name.endswith("/3") and not case_of(name).merge
 
 
 def test_addresses_stay(found) -> None:
@@ -189,23 +234,47 @@ def parts_of(model: CausalLM) -> list[list[torch.nn.Parameter]]:
     return [before, *blocks, [p for p in model.parameters() if id(p) not in known]]
 
 
+def shard_bytes(parameters: list[torch.nn.Parameter], world: int) -> int:
+    return sum(math.ceil(p.numel() / world) * p.element_size() for p in parameters)
+
+
 def test_counters_follow_the_formula(found, directory) -> None:
+    """What stays comes once, what is streamed once a round, with 8 bytes in each message."""
     world, ranks = found
     for name in ranks[0]:
         if not in_shards(name):
             assert all(results[name]["gathered"] is None for results in ranks), name
             continue
-        parts = parts_of(CASES[name.split()[0]].model(directory))
-        parameters = [p for part in parts for p in part]
-        shard = sum(math.ceil(p.numel() / world) * p.element_size() for p in parameters)
-        weights = sum(p.nbytes for p in parameters)
+        case = case_of(name)
+        parts = parts_of(case.model(directory))
+        layers = len(parts) - 2
+        policy = GatherPolicy(layers, layers if case.pinned is None else case.pinned)
+        streamed = [parts[block + 1] for block in policy.streamed]
+        flag = 8 if streamed else 0
+        once = [shard_bytes(part, world) + flag for part in parts if part]
+        each_round = [shard_bytes(part, world) + flag for part in streamed]
         for results in ranks:
             counters = results[name]["gathered"]
-            assert counters["received_bytes"] == (world - 1) * shard
-            assert counters["collectives"] == sum(1 for part in parts if part)
-            assert weights <= counters["arena_bytes"] < weights + 64 * len(parameters)
+            assert (counters["rounds"] > 2) == bool(streamed)
+            again = counters["rounds"] - 1 if streamed else 0
+            assert counters["received_bytes"] == (world - 1) * (
+                sum(once) + again * sum(each_round)
+            ), name
+            assert counters["collectives"] == len(once) + again * len(each_round)
             assert counters["seconds"] > 0
             assert counters["waited_seconds"] >= 0
+
+
+def test_the_arena_holds_what_stays_and_a_ring(found, directory) -> None:
+    for name in filter(in_shards, found[1][0]):
+        case = case_of(name)
+        parts = parts_of(case.model(directory))
+        sizes = [sum(p.nbytes for p in part) for part in parts]
+        streamed = len(parts) - 2 - case.pinned if case.pinned is not None else 0
+        held = sum(sizes) - streamed * sizes[1] + 2 * sizes[1] * bool(streamed)
+        slack = 64 * sum(map(len, parts))
+        for results in found[1]:
+            assert held <= results[name]["gathered"]["arena_bytes"] < held + slack, name
 
 
 def test_one_rank_reads_its_shards_in_place(directory) -> None:

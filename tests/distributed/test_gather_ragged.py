@@ -41,17 +41,28 @@ def one_round(engine: HybridEngine, draw: random.Random) -> Any:
     return rollout
 
 
+PINNED, STREAMED = Case("llama-uneven"), Case("llama-uneven", pinned=0)
+
+
 def few_rounds(directory: str) -> int:
-    return fuzz(directory, FEW_ROUNDS)
+    return fuzz(directory, FEW_ROUNDS, PINNED)
+
+
+def few_streamed_rounds(directory: str) -> int:
+    return fuzz(directory, FEW_ROUNDS, STREAMED)
 
 
 def all_rounds(directory: str) -> int:
-    return fuzz(directory, ROUNDS)
+    return fuzz(directory, ROUNDS, PINNED)
 
 
-def fuzz(directory: str, rounds: int) -> int:
+def all_streamed_rounds(directory: str) -> int:
+    return fuzz(directory, ROUNDS, STREAMED)
+
+
+def fuzz(directory: str, rounds: int, case: Case) -> int:
     """Every rank draws its own rounds; weights change between them. Returns what was compared."""
-    engine = make_engine(directory, Case("llama-uneven"), 3)
+    engine = make_engine(directory, case, 3)
     draw = random.Random(rank())
     compared = 0
     for number in range(1, rounds + 1):
@@ -69,15 +80,17 @@ def fuzz(directory: str, rounds: int) -> int:
 
 
 @pytest.mark.slow
-def test_random_ragged_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", ["all_rounds", "all_streamed_rounds"])
+def test_random_ragged_rounds(tmp_path: Path, rounds: str) -> None:
     save_causal("llama-uneven", tmp_path / "llama-uneven")
-    compared = results_of(f"{__name__}:all_rounds", 3, tmp_path)
+    compared = results_of(f"{__name__}:{rounds}", 3, tmp_path)
     assert min(compared) > 10
 
 
-def test_a_few_ragged_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", ["few_rounds", "few_streamed_rounds"])
+def test_a_few_ragged_rounds(tmp_path: Path, rounds: str) -> None:
     save_causal("llama-uneven", tmp_path / "llama-uneven")
-    compared = results_of(f"{__name__}:few_rounds", 2, tmp_path)
+    compared = results_of(f"{__name__}:{rounds}", 2, tmp_path)
     assert sum(compared) > 0
 
 

@@ -25,6 +25,8 @@ def _inputs(shape: Shape, rng: torch.Generator) -> Args:
     offsets = [GAP + sum(sizes[:r]) + GAP * r for r in range(len(sizes))]
     out = _bytes(shape.randn(rng, offsets[-1] + sizes[-1] + GAP)).contiguous()
     shards = _bytes(shape.randn(rng, ranks, sum(held)))
+    if cols % 2:  # whole rows of wider ones, which are read where they lie
+        shards = torch.nn.functional.pad(shards, (0, GAP))[:, : sum(held)]
     return out, shards, columns, parts, starts, sizes, offsets
 
 
