@@ -91,6 +91,24 @@ __device__ __forceinline__ void multiply_range(const SkinnyWeight<float>& weight
   for (int i = 0; i < kOwn; ++i) out[output][first + i] = sum[i];
 }
 
+// What the warps of a block leave for it to add.
+struct SkinnySums {
+  SkinnyTile of_warp[kSkinnyWarps];
+
+  // This warp's range of K.
+  template <typename T>
+  __device__ __forceinline__ void multiply(const SkinnyWeight<T>& weight, const MatrixRows<T>& x, int64_t K) {
+    const int64_t range = round_up(ceil_div(K, kSkinnyWarps), kSkinnyStep), begin = threadIdx.y * range;
+    multiply_range(weight, x, begin, smaller(begin + range, K), of_warp[threadIdx.y]);
+  }
+  __device__ __forceinline__ float total(int output, int64_t row) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kSkinnyWarps; ++i) sum += of_warp[i][output][row];
+    return sum;
+  }
+};
+
 // The low-rank term of one element; the products of a rank in order.
 template <typename T>
 __device__ __forceinline__ float low_rank(const SkinnyLinearParams<T>& p, int64_t row, int64_t output) {
@@ -106,40 +124,29 @@ __device__ __forceinline__ float low_rank(const SkinnyLinearParams<T>& p, int64_
 
 template <typename T, SkinnyOutput kOutput>
 __global__ void __launch_bounds__(kWarpSize* kSkinnyWarps) skinny_linear_kernel(SkinnyLinearParams<T> p, Activation kind, bool aligned) {
-  struct Sums {
-    SkinnyTile of_warp[kSkinnyWarps];
-  };
-  Sums& sums = shared_memory<Sums>();
+  SkinnySums& sums = shared_memory<SkinnySums>();
   constexpr bool kInner = kOutput == SkinnyOutput::kInner, kGated = kOutput == SkinnyOutput::kGated;
   constexpr int kOwn = kGated ? kSkinnyOutputs / 2 : kSkinnyOutputs;
   const int64_t all = kInner ? p.splits * p.rank : p.N, outputs = kGated ? all / 2 : all;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kOwn;
-  const int warp = threadIdx.y;
-  const int64_t range = round_up(ceil_div(p.K, kSkinnyWarps), kSkinnyStep), begin = warp * range;
   const SkinnyWeight<T> weight(kInner ? p.lora_a : p.weight, p.K, first, first + (kGated ? outputs : kSkinnyOutputs / 2), outputs, all,
                                aligned);
   const MatrixRows<T> x{p.x, p.K, static_cast<int>(p.rows), aligned};
-  multiply_range(weight, x, begin, smaller(begin + range, p.K), sums.of_warp[warp]);
+  sums.multiply(weight, x, p.K);
   __syncthreads();
 
-  const int thread = warp * kWarpSize + threadIdx.x, own = thread % kSkinnyOutputs;  // one element each
+  const int thread = threadIdx.y * kWarpSize + threadIdx.x, own = thread % kSkinnyOutputs;  // one element each
   const int64_t row = thread / kSkinnyOutputs, output = first + own;
   if (row >= p.rows || output >= outputs || own >= kOwn) return;
-  const auto sum_of = [&](int tile_row) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kSkinnyWarps; ++i) sum += sums.of_warp[i][tile_row][row];
-    return sum;
-  };
   const auto whole = [&](int tile_row, int64_t n) {
-    float sum = sum_of(tile_row);
+    float sum = sums.total(tile_row, row);
     if (p.bias != nullptr) sum += to_float(p.bias[n]);
     if (p.rank > 0) sum += low_rank(p, row, n);
     return sum;
   };
   const int64_t at = row * outputs + output;
   if constexpr (kInner) {
-    p.inner[at] = sum_of(own);
+    p.inner[at] = sums.total(own, row);
   } else if constexpr (kOutput == SkinnyOutput::kLinear) {
     p.y[at] = round_to<T>(whole(own, output));
   } else {
