@@ -2,10 +2,10 @@
 //
 // A block owns 256 keys of one sequence (at absolute positions) for one key/value head, and 16 query rows: all query heads of that
 // key/value head, at as many positions as fit; or, where neighbouring sequences with a row each have these keys in the same blocks
-// (samples of one prompt: shared_chunk.cuh), of as many sequences as fit. Each of its 4 warps takes a tile of 64 keys (tile.cuh). The block joins its tiles in
-// order; a second kernel joins the chunks in order. So no sum depends on the batch, and a row's bits are its own: keys that it may not
-// see weigh 0 exactly, and which rows share a tile is no matter. flash_attention.cuh, for many rows, has the same order.
-//   bytes: 2 head_dim sizeof(T) a key and key/value head, once (the rows of the heads share them, and up to 16 rows of samples); 4 (head_dim + 2) written and read
+// (samples of one prompt: shared_chunk.cuh), of as many sequences as fit. Each of its 4 warps takes a tile of 64 keys (tile.cuh). The
+// block joins its tiles in order; a second kernel joins the chunks in order. So no sum depends on the batch, and a row's bits are its
+// own: keys that it may not see weigh 0 exactly, and rows of a tile do not meet. flash_attention.cuh, for many rows, has the same order.
+//   bytes: 2 head_dim sizeof(T) a key and key/value head, once for 16 rows of heads and samples; 4 (head_dim + 2) written and read
 //   again a row, head and chunk of 256 keys; flops: 4 head_dim a key and row, on 16 rows at a time
 //   bound: memory, while the rows of a sequence fit one tile; a chunk has 64 KiB at head_dim 64
 // Keys and values go from global memory into registers by 16-byte loads, 8 in flight a thread: no two warps share them, so a detour
@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kWarpSize* kChunkWarps, 1)
   ScoreTile<T> scores(shared.scores[warp]);
   scores.multiply(QueryRows<T>{p.q, shared.query_offset, p.head_dim, aligned}, keys, p.head_dim);
   RowState state[ScoreTile<T>::kRows];
-  softmax_tile(scores, RowPlaces<T>(tile, 0, p.alibi_slopes, [&](int row) { return shared.position[row]; }), {p.scale, p.window}, first_key, state);
+  const RowPlaces<T> places(tile, 0, p.alibi_slopes, [&](int row) { return shared.position[row]; });
+  softmax_tile(scores, places, {p.scale, p.window}, first_key, state);
 #pragma unroll
   for (int i = 0; i < ScoreTile<T>::kRows; ++i) {
     if (threadIdx.x % ScoreTile<T>::kLanes == 0) shared.state[warp][ScoreTile<T>::row(i)] = state[i];

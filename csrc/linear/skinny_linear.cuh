@@ -19,6 +19,7 @@ namespace hybrid::cuda {
 constexpr int kSkinnyWarps = 8;
 constexpr int kSkinnyOutputs = 16;
 constexpr int kSkinnyStep = 32;  // columns
+constexpr int kSkinnyAhead = 4;  // steps whose part of W is on its way at once: 8 loads of 16 bytes a lane
 
 using SkinnyTile = float[kSkinnyOutputs][kSkinnyRows + 1];  // one more float: fewer bank conflicts
 
@@ -51,17 +52,28 @@ template <typename T>
 __device__ __forceinline__ void multiply_range(const SkinnyWeight<T>& weight, const MatrixRows<T>& x, int64_t begin, int64_t end,
                                                SkinnyTile& out) {
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  const auto load = [&](const MatrixRows<T>& rows, int row, int64_t col) { return col < end ? rows.load(row, col) : uint4{}; };
   float sum[2][4] = {};
-#pragma unroll 4
-  for (int64_t base = begin; base < end; base += kSkinnyStep) {
+#pragma unroll 1
+  for (int64_t base = begin; base < end; base += kSkinnyAhead * kSkinnyStep) {
     const int64_t col = base + 8 * t;
-    const uint4 upper = weight.low.load(g, col), lower = weight.high.load(g, col);
+    uint4 upper[kSkinnyAhead], lower[kSkinnyAhead];
+#pragma unroll
+    for (int i = 0; i < kSkinnyAhead; ++i) {
+      upper[i] = load(weight.low, g, col + i * kSkinnyStep);
+      lower[i] = load(weight.high, g, col + i * kSkinnyStep);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half * 8 >= x.count) break;
-      const uint4 row = x.load(8 * half + g, col);
-      mma_m16n8k16<T>(sum[half], {upper.x, lower.x, upper.y, lower.y}, {row.x, row.y});
-      mma_m16n8k16<T>(sum[half], {upper.z, lower.z, upper.w, lower.w}, {row.z, row.w});
+      uint4 row[kSkinnyAhead];
+#pragma unroll
+      for (int i = 0; i < kSkinnyAhead; ++i) row[i] = load(x, 8 * half + g, col + i * kSkinnyStep);
+#pragma unroll
+      for (int i = 0; i < kSkinnyAhead; ++i) {
+        mma_m16n8k16<T>(sum[half], {upper[i].x, lower[i].x, upper[i].y, lower[i].y}, {row[i].x, row[i].y});
+        mma_m16n8k16<T>(sum[half], {upper[i].z, lower[i].z, upper[i].w, lower[i].w}, {row[i].z, row[i].w});
+      }
     }
   }
 #pragma unroll

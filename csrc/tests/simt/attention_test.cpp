@@ -198,12 +198,12 @@ void test_sharing() {
   }
   test_readers(samples, 16);
   test_readers(samples, 5);
-  // All but a block of the chunk; a chunk and a part; two chunks; several rows; a window that ends inside the chunk.
+  // All but a block of the chunk; a chunk and a part; two chunks; several rows; a key too few; a window that ends a key too late.
   const AttentionCase odd{1, 1, 1, {{256, 1}, {256, 1}, {400, 1}, {512, 1}, {600, 1}, {600, 3}, {600, 1}, {255, 1}, {700, 1}},
-                          0, false, 0, {0, 3, 4, 6, 8, 8, 8, 3, 3}};
+                          0, false, 0, {0, 3, 4, 6, 8, 8, 8, 4, 3}};
   test_readers(odd, 16);
   AttentionCase windowed = odd;
-  windowed.window = 400;
+  windowed.window = 399;
   test_readers(windowed, 3);
 }
 
