@@ -283,7 +283,7 @@ void test_append(int64_t rows, int64_t heads, int64_t dim, int64_t shift) {
 // A fused projection q|k|v: what rope and kv_append make of copies of its parts, rope_append and the two make of the parts where they
 // lie.
 template <typename T>
-void test_rope_append(int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rotary, int64_t shift) {
+void test_rope_append(int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t rotary, int64_t shift, Accuracy& accuracy) {
   constexpr int64_t kPositions = 9, kBlocks = 2;
   const int64_t parts[] = {heads * dim, kv_heads * dim, kv_heads * dim}, stride = parts[0] + 2 * parts[1] + (shift > 0 ? 5 : 0);
   Buffer<T> qkv(rows * stride, shift);
@@ -321,6 +321,9 @@ void test_rope_append(int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim
     return out;
   });
   const Buffer<T> queries = copy(q, parts[0]), keys = copy(k, parts[1]), values = copy(v, parts[2]);
+  accuracy.check(results[0], rotate<Exact>(queries, cos, sin, positions, heads, dim, rotary),
+                 rotate<Plain<T>>(queries, cos, sin, positions, heads, dim, rotary),
+                 std::string("rope_append ") + kTypeName<T> + " " + GridCase{rows, dim, shift}.name());
   const Buffer<T> turned_keys = turned(keys.data(), parts[1], kv_heads);
   expect(results[0].same_bits(turned(queries.data(), parts[0], heads)), "rope_append turns queries as rope does");
   expect(results[0].same_bits(turned(q, stride, heads)), "rope reads them where they lie");
@@ -391,12 +394,13 @@ void test_type() {
   test_append<T>(7, 3, 20, 0);
   test_append<T>(3, 40, 72, 1);
   test_append<T>(0, 1, 8, 0);
-  test_rope_append<T>(5, 3, 1, 64, 64, 0);
-  test_rope_append<T>(3, 4, 2, 64, 32, 0);
-  test_rope_append<T>(4, 2, 2, 20, 12, 0);
-  test_rope_append<T>(7, 6, 2, 24, 10, 1);
-  test_rope_append<T>(2, 1, 1, 8, 0, 0);
-  test_rope_append<T>(0, 1, 1, 8, 8, 0);
+  Accuracy accuracy(std::string("rope_append ") + kTypeName<T>);
+  test_rope_append<T>(5, 3, 1, 64, 64, 0, accuracy);
+  test_rope_append<T>(3, 4, 2, 64, 32, 0, accuracy);
+  test_rope_append<T>(4, 2, 2, 20, 12, 0, accuracy);
+  test_rope_append<T>(7, 6, 2, 24, 10, 1, accuracy);
+  test_rope_append<T>(2, 1, 1, 8, 0, 0, accuracy);
+  test_rope_append<T>(0, 1, 1, 8, 8, 0, accuracy);
 }
 
 }  // namespace
