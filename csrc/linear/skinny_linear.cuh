@@ -21,6 +21,8 @@ constexpr int kSkinnyOutputs = 16;
 constexpr int kSkinnyStep = 32;  // columns
 constexpr int kSkinnyAhead = 4;  // steps whose part of W is on its way at once: 8 loads of 16 bytes a lane
 
+constexpr int kSkinnyBlocks = 2;  // of a multiprocessor, at least: registers enough for what is on its way
+
 using SkinnyTile = float[kSkinnyOutputs][kSkinnyRows + 1];  // one more float: fewer bank conflicts
 
 // What becomes of the sums.
@@ -135,7 +137,8 @@ __device__ __forceinline__ float low_rank(const SkinnyLinearParams<T>& p, int64_
 }
 
 template <typename T, SkinnyOutput kOutput>
-__global__ void __launch_bounds__(kWarpSize* kSkinnyWarps) skinny_linear_kernel(SkinnyLinearParams<T> p, Activation kind, bool aligned) {
+__global__ void __launch_bounds__(kWarpSize* kSkinnyWarps, kSkinnyBlocks)
+    skinny_linear_kernel(SkinnyLinearParams<T> p, Activation kind, bool aligned) {
   SkinnySums& sums = shared_memory<SkinnySums>();
   constexpr bool kInner = kOutput == SkinnyOutput::kInner, kGated = kOutput == SkinnyOutput::kGated;
   constexpr int kOwn = kGated ? kSkinnyOutputs / 2 : kSkinnyOutputs;

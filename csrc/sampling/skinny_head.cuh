@@ -50,7 +50,7 @@ __device__ __forceinline__ void multiply_head(const HeadSampleParams<T>& p, int6
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kWarpSize* kSkinnyWarps) skinny_head_kernel(HeadSampleParams<T> p, bool aligned) {
+__global__ void __launch_bounds__(kWarpSize* kSkinnyWarps, kSkinnyBlocks) skinny_head_kernel(HeadSampleParams<T> p, bool aligned) {
   HeadShared<T>& shared = shared_memory<HeadShared<T>>();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRaceBlock;
   multiply_head(p, first, aligned, shared);
