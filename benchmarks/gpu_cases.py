@@ -92,6 +92,47 @@ def linear(scale: Scale, device: str, dtype: torch.dtype) -> Case:
     )
 
 
+def gated_linear(scale: Scale, device: str, dtype: torch.dtype) -> Case:
+    outputs = 2 * scale.feed_forward
+    x = torch.randn(min(scale.batch, 16), scale.width, device=device).to(dtype)
+    weight = (torch.randn(outputs, scale.width, device=device) / scale.width**0.5).to(dtype)
+
+    def plain() -> Tensor:
+        gate, up = functional.linear(x, weight).chunk(2, -1)
+        return functional.silu(gate) * up
+
+    return Case(
+        "linear_activation",
+        {"M": len(x), "N": outputs, "K": scale.width, "s": dtype.itemsize},
+        lambda: ops.linear_activation(x, weight, None, "silu", True),
+        {"torch": plain},
+    )
+
+
+def append(scale: Scale, device: str, dtype: torch.dtype) -> Case:
+    """What a decode step does to q|k|v, in one launch and in three."""
+    parts = [scale.heads, scale.kv_heads, scale.kv_heads]
+    qkv = torch.randn(scale.batch, sum(parts), scale.dim, device=device).to(dtype)
+    q, k, v = qkv.split(parts, dim=1)
+    cos, sin = torch.randn(2, scale.context, scale.dim // 2, device=device)
+    positions = torch.arange(scale.batch, dtype=torch.int32, device=device)
+    slots = torch.arange(scale.batch, device=device) * BLOCK
+    shape = (scale.batch, scale.kv_heads, 2, BLOCK, scale.dim)
+    cache = torch.empty(shape, dtype=dtype, device=device)
+
+    def apart() -> Tensor:
+        turned, keys = ops.rope(q, k, cos, sin, positions)
+        ops.kv_append(keys, v, cache, slots)
+        return turned
+
+    return Case(
+        "rope_append",
+        {"n": qkv.numel(), "s": dtype.itemsize},
+        lambda: ops.rope_append(q, k, v, cos, sin, positions, cache, slots),
+        {"rope, kv_append": apart},
+    )
+
+
 def sample(scale: Scale, device: str, dtype: torch.dtype) -> Case:
     logits = torch.randn(scale.batch, scale.vocab, device=device).to(dtype)
     ids = torch.arange(scale.batch, device=device)
@@ -132,6 +173,33 @@ def decode(scale: Scale, device: str, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def samples(scale: Scale, device: str, dtype: torch.dtype) -> Case:
+    """`decode` of samples whose prompt lies in the same blocks, and in blocks of their own."""
+    each = min(16, scale.batch)
+    blocks, prompts = scale.context // BLOCK, scale.batch // each
+    batch = prompts * each
+    shape = (prompts * blocks, scale.kv_heads, 2, BLOCK, scale.dim)
+    cache = torch.randn(shape, device=device).to(dtype)
+    q = torch.randn(batch, scale.heads, scale.dim, device=device).to(dtype)
+    shared = torch.arange(len(cache), dtype=torch.int32, device=device).view(prompts, blocks)
+    shared = shared.repeat_interleave(each, 0)
+    own = torch.arange(batch * blocks, dtype=torch.int32, device=device).view(batch, blocks)
+    copies = cache[shared.flatten().long()]
+    lengths = torch.full((batch,), scale.context, dtype=torch.int32, device=device)
+    first = torch.arange(batch + 1, dtype=torch.int32, device=device)
+
+    def attend(keys: Tensor, tables: Tensor) -> Tensor:
+        return ops.paged_attention(q, keys, tables, lengths, first, scale.dim**-0.5)
+
+    return Case(
+        "paged_attention",
+        {"D": scale.dim, "H": scale.heads, "KH": scale.kv_heads, "s": dtype.itemsize,
+         "keys": prompts * scale.context},
+        lambda: attend(cache, shared),
+        {"own blocks": lambda: attend(copies, own)},
+    )  # fmt: skip
+
+
 def _flashinfer(scale: Scale, q: Tensor, cache: Tensor, lengths: Tensor) -> Call:
     """Its paged decode, with its plan made beforehand. Pages are [2, 64, KH, D]."""
     import flashinfer
@@ -165,7 +233,14 @@ CASES: dict[str, Callable[[Scale, str, torch.dtype], Case]] = {
     "norm": norm,
     "gate": gate,
     "linear": linear,
+    "gated_linear": gated_linear,
+    "append": append,
     "sample": sample,
     "decode": decode,
+    "samples": samples,
 }
-PEERS = dict.fromkeys(CASES, ("torch",)) | {"decode": ("torch SDPA", "FlashInfer", "flash-attn")}
+PEERS = dict.fromkeys(CASES, ("torch",)) | {
+    "append": ("rope, kv_append",),
+    "decode": ("torch SDPA", "FlashInfer", "flash-attn"),
+    "samples": ("own blocks",),
+}

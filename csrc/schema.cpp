@@ -8,6 +8,9 @@ TORCH_LIBRARY(hybrid_kernels, m) {
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, int[] lora_splits)"
       " -> Tensor");
+  m.def(  // act(y), or, gated, act(y[:, :N/2]) y[:, N/2:]: with their bits
+      "linear_activation(Tensor x, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float lora_scale, int[] lora_splits,"
+      " str kind, bool gated) -> Tensor");
   m.def("matmul(Tensor a, Tensor b) -> Tensor");  // [M,K] [K,N], any strides: the backward's products, sums in order
 
   // norm: the residual forms return (normalised, x + residual)
@@ -31,6 +34,9 @@ TORCH_LIBRARY(hybrid_kernels, m) {
   // attention: packed sequences for training; block tables for generation
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor positions) -> (Tensor q_rot, Tensor k_rot)");
   m.def("kv_append(Tensor k, Tensor v, Tensor(a!) cache, Tensor slots) -> ()");
+  m.def(  // both in one
+      "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, Tensor slots)"
+      " -> Tensor");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, Tensor? alibi_slopes, int window)"
       " -> (Tensor out, Tensor lse)");

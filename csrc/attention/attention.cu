@@ -10,7 +10,8 @@ namespace hybrid::cuda {
   template void flash_attention(FlashAttentionParams<T>, Stream);  \
   template void attention_backward(AttentionBackwardParams<T>, Stream);  \
   template void rope(const RopeParams<T>&, Stream);                \
-  template void kv_append(const KvAppendParams<T>&, Stream);
+  template void kv_append(const KvAppendParams<T>&, Stream);       \
+  template void rope_append(const RopeAppendParams<T>&, Stream);
 
 HYBRID_INSTANTIATE(float)
 HYBRID_INSTANTIATE(f16)

@@ -80,4 +80,16 @@ struct KvCacheLayout {
 void kv_append(const float* k, const float* v, int64_t row_stride, int64_t rows, const int64_t* slots,
                const KvCacheLayout& layout, float* cache);
 
+// Both in one pass, with their bits: turned queries to query.out, turned keys and the values to their slots.
+struct RopeAppendArgs {
+  RopeArgs query;        // its tables, positions, rows and head size are the keys' too
+  const float* k;        // [rows, KH, D], row stride k_stride
+  const float* v;        // [rows, KH, D], row stride v_stride
+  int64_t k_stride, v_stride;
+  const int64_t* slots;  // [rows]
+  KvCacheLayout layout;
+  float* cache;
+};
+void rope_append(const RopeAppendArgs& args);
+
 }  // namespace hybrid

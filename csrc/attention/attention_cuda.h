@@ -7,12 +7,14 @@
 namespace hybrid::cuda {
 
 constexpr int64_t kAttentionChunk = 4 * kKvTile;  // keys that a block takes: chunks begin at absolute positions
+constexpr int kChunkTiles = static_cast<int>(kAttentionChunk / kKvTile);
 
 // Causal attention of the last rows of each sequence over its whole cache. Lengths and tables are read on the device alone, so that
-// a recorded launch serves every step. A row's bits depend on its sequence and position, not on the batch or on other rows.
+// a recorded launch serves every step. A row's bits depend on its sequence and position, not on the batch or on other rows. Chunks that
+// neighbouring sequences have in the same blocks, as samples of one prompt do, are read once for as many rows as fit a tile.
 template <typename T>
 struct PagedAttentionParams {
-  const T* q;                   // [rows, heads, head_dim]: sequence b owns rows cu_q[b] .. cu_q[b + 1]
+  const T* q;                   // [rows, heads, head_dim], row stride q_stride: sequence b owns rows cu_q[b] .. cu_q[b + 1]
   const T* cache;               // [blocks, kv_heads, 2, 64, head_dim] (KvCacheLayout)
   const int32_t* block_tables;  // [batch, max_blocks]
   const int32_t* kv_lengths;    // [batch]
@@ -21,7 +23,7 @@ struct PagedAttentionParams {
   T* out;                       // [rows, heads, head_dim]
   float* lse;                   // [heads, rows] log-sum-exp of the scaled scores
   float* partial;               // scratch [rows, heads, attention_chunks(max_blocks), head_dim + 2]
-  int64_t rows, batch, heads, kv_heads, head_dim, max_blocks;
+  int64_t rows, batch, heads, kv_heads, head_dim, max_blocks, q_stride;
   int64_t window;               // keys visible to a query, itself included; 0 means all
   float scale;
 };
@@ -83,25 +85,44 @@ void attention_backward(AttentionBackwardParams<T> params, void* stream);
 // Rotary embedding, half-split: pairs (i, i + rotary / 2) of each head turn by the angle whose cosine and sine are given.
 template <typename T>
 struct RopeParams {
-  const T* in;     // [rows, heads, head_dim]
-  T* out;          // like in; may alias it
+  const T* in;     // [rows, heads, head_dim], row stride in_stride
+  T* out;          // [rows, heads, head_dim]; may alias in
   const float* cos;  // [positions, rotary / 2]
   const float* sin;
   const int32_t* positions;  // [rows]
-  int64_t rows, heads, head_dim, rotary;
+  int64_t rows, heads, head_dim, rotary, in_stride;
 };
 template <typename T>
 void rope(const RopeParams<T>& params, void* stream);
 
 template <typename T>
 struct KvAppendParams {
-  const T* k;  // [rows, kv_heads, head_dim]
-  const T* v;
+  const T* k;  // [rows, kv_heads, head_dim], row stride k_stride
+  const T* v;  // like k, row stride v_stride
   const int64_t* slots;  // [rows] block * 64 + offset
   T* cache;              // [blocks, kv_heads, 2, 64, head_dim]
-  int64_t rows, kv_heads, head_dim;
+  int64_t rows, kv_heads, head_dim, k_stride, v_stride;
 };
 template <typename T>
 void kv_append(const KvAppendParams<T>& params, void* stream);
+
+// Both in one launch, which is what they cost in decode: turned queries to `out`, turned keys and the values to their slots. The
+// same bits as rope and kv_append.
+template <typename T>
+struct RopeAppendParams {
+  const T* q;  // [rows, heads, head_dim], row stride q_stride
+  const T* k;  // [rows, kv_heads, head_dim], row stride k_stride
+  const T* v;  // like k, row stride v_stride
+  T* out;      // [rows, heads, head_dim]
+  T* cache;    // [blocks, kv_heads, 2, 64, head_dim]
+  const float* cos;  // [positions, rotary / 2]
+  const float* sin;
+  const int32_t* positions;  // [rows]
+  const int64_t* slots;      // [rows]
+  int64_t rows, heads, kv_heads, head_dim, rotary;
+  int64_t q_stride, k_stride, v_stride;
+};
+template <typename T>
+void rope_append(const RopeAppendParams<T>& params, void* stream);
 
 }  // namespace hybrid::cuda

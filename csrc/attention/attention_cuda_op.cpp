@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "attention/attention_checks.h"
 #include "attention/attention_cuda.h"
 #include "common/cuda_op.h"
 #include "common/dims.h"
@@ -28,11 +29,6 @@ bool flash_takes(const Tensor& q) { return q.scalar_type() == at::kFloat || q.si
 void check_head_dim(const char* op, const Tensor& q) {
   TORCH_CHECK_VALUE(flash_takes(q), op, ": q has head size ", q.size(2), "; on CUDA expected at most ", cuda::kFlashHeadDim,
                     " for 16-bit types");
-}
-
-// Heads and their elements lie together; tokens may be apart, as in a fused q|k|v.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(2) == 1 && x.stride(1) == x.size(2) && x.stride(0) >= x.size(1) * x.size(2) ? x : x.contiguous();
 }
 
 // What few and many rows have in common.
@@ -166,7 +162,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& q_, const Tensor& 
       .expect(alibi_slopes_, "alibi_slopes", {"H"});
   check_heads(kOp, dims, window);
   const OnDevice here(q_);
-  const Forward forward(dims, q_.contiguous(), cu_q_, alibi_slopes_);
+  const Forward forward(dims, q_, cu_q_, alibi_slopes_);
   const Tensor cache = cache_.contiguous(), block_tables = block_tables_.contiguous(), kv_lengths = kv_lengths_.contiguous();
   const bool few = dims["T"] * (dims["H"] / dims["KH"]) <= kFewRows * dims["B"] || !flash_takes(q_);
   const int64_t chunks = few ? cuda::attention_chunks(dims["max_blocks"]) : 0;
@@ -196,6 +192,7 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& q_, const Tensor& 
                               .kv_heads = dims["KH"],
                               .head_dim = dims["D"],
                               .max_blocks = dims["max_blocks"],
+                              .q_stride = forward.q.stride(0),
                               .window = window,
                               .scale = static_cast<float>(scale)},
                              here.stream);
@@ -205,20 +202,12 @@ std::tuple<Tensor, Tensor> paged_attention_cuda(const Tensor& q_, const Tensor& 
 
 std::tuple<Tensor, Tensor> rope_cuda(const Tensor& q_, const Tensor& k_, const Tensor& cos_, const Tensor& sin_,
                                      const Tensor& positions_) {
-  const at::ScalarType dtype = q_.scalar_type();
   Dims dims("rope", at::kCUDA);
-  dims.expect(q_, "q", {"T", "H", "D"}, dtype)
-      .expect(k_, "k", {"T", "KH", "D"}, dtype)
-      .expect(cos_, "cos", {"P", "half"})
-      .expect(sin_, "sin", {"P", "half"})
-      .expect(positions_, "positions", {"T"}, at::kInt);
-  const int64_t rotary = 2 * dims["half"], head_dim = dims["D"];
-  TORCH_CHECK_VALUE(rotary <= head_dim, "rope: cos has ", dims["half"], " columns, which rotate ", rotary,
-                    " elements; expected at most D=", head_dim, " (from q)");
+  expect_rope("rope", dims, q_.scalar_type(), q_, k_, cos_, sin_, positions_);
   const OnDevice here(q_);
   const Tensor cos = cos_.contiguous(), sin = sin_.contiguous(), positions = positions_.contiguous();
   const auto rotate = [&](const Tensor& x_) {
-    const Tensor x = x_.contiguous(), out = at::empty_like(x);
+    const Tensor x = with_dense_rows(x_), out = at::empty(x.sizes(), x.options());
     dispatch_float("rope", x, [&](auto kind) {
       using T = decltype(kind);
       cuda::rope<T>({.in = input<T>(x),
@@ -226,10 +215,11 @@ std::tuple<Tensor, Tensor> rope_cuda(const Tensor& q_, const Tensor& k_, const T
                      .cos = input<float>(cos),
                      .sin = input<float>(sin),
                      .positions = input<int32_t>(positions),
-                     .rows = x.size(0),
+                     .rows = dims["T"],
                      .heads = x.size(1),
-                     .head_dim = head_dim,
-                     .rotary = rotary},
+                     .head_dim = dims["D"],
+                     .rotary = 2 * dims["half"],
+                     .in_stride = x.stride(0)},
                     here.stream);
     });
     return out;
@@ -238,15 +228,10 @@ std::tuple<Tensor, Tensor> rope_cuda(const Tensor& q_, const Tensor& k_, const T
 }
 
 void kv_append_cuda(const Tensor& k_, const Tensor& v_, const Tensor& cache, const Tensor& slots_) {
-  const at::ScalarType dtype = k_.scalar_type();
   Dims dims("kv_append", at::kCUDA);
-  dims.expect(k_, "k", {"T", "KH", "D"}, dtype)
-      .expect(v_, "v", {"T", "KH", "D"}, dtype)
-      .expect(cache, "cache", {"blocks", "KH", "2", "64", "D"}, dtype)
-      .expect(slots_, "slots", {"T"}, at::kLong);
-  TORCH_CHECK_VALUE(cache.is_contiguous(), "kv_append: cache is written in place; expected it contiguous");
+  expect_append("kv_append", dims, k_.scalar_type(), k_, v_, cache, slots_);
   const OnDevice here(k_);
-  const Tensor k = k_.contiguous(), v = v_.contiguous(), slots = slots_.contiguous();
+  const Tensor k = with_dense_rows(k_), v = with_dense_rows(v_), slots = slots_.contiguous();
   dispatch_float("kv_append", k, [&](auto kind) {
     using T = decltype(kind);
     cuda::kv_append<T>({.k = input<T>(k),
@@ -255,9 +240,45 @@ void kv_append_cuda(const Tensor& k_, const Tensor& v_, const Tensor& cache, con
                         .cache = output<T>(cache),
                         .rows = dims["T"],
                         .kv_heads = dims["KH"],
-                        .head_dim = dims["D"]},
+                        .head_dim = dims["D"],
+                        .k_stride = k.stride(0),
+                        .v_stride = v.stride(0)},
                        here.stream);
   });
+}
+
+Tensor rope_append_cuda(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor& sin_,
+                        const Tensor& positions_, const Tensor& cache, const Tensor& slots_) {
+  constexpr const char* kOp = "rope_append";
+  Dims dims(kOp, at::kCUDA);
+  expect_rope(kOp, dims, q_.scalar_type(), q_, k_, cos_, sin_, positions_);
+  expect_append(kOp, dims, q_.scalar_type(), k_, v_, cache, slots_);
+  const OnDevice here(q_);
+  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
+  const Tensor cos = cos_.contiguous(), sin = sin_.contiguous(), positions = positions_.contiguous(), slots = slots_.contiguous();
+  const Tensor out = at::empty(q.sizes(), q.options());
+  dispatch_float(kOp, q, [&](auto kind) {
+    using T = decltype(kind);
+    cuda::rope_append<T>({.q = input<T>(q),
+                          .k = input<T>(k),
+                          .v = input<T>(v),
+                          .out = output<T>(out),
+                          .cache = output<T>(cache),
+                          .cos = input<float>(cos),
+                          .sin = input<float>(sin),
+                          .positions = input<int32_t>(positions),
+                          .slots = input<int64_t>(slots),
+                          .rows = dims["T"],
+                          .heads = dims["H"],
+                          .kv_heads = dims["KH"],
+                          .head_dim = dims["D"],
+                          .rotary = 2 * dims["half"],
+                          .q_stride = q.stride(0),
+                          .k_stride = k.stride(0),
+                          .v_stride = v.stride(0)},
+                         here.stream);
+  });
+  return out;
 }
 
 }  // namespace
@@ -268,6 +289,7 @@ TORCH_LIBRARY_IMPL(hybrid_kernels, CUDA, m) {
   m.impl("paged_attention", paged_attention_cuda);
   m.impl("rope", rope_cuda);
   m.impl("kv_append", kv_append_cuda);
+  m.impl("rope_append", rope_append_cuda);
 }
 
 }  // namespace hybrid

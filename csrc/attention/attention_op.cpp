@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/attention_checks.h"
 #include "common/dims.h"
 
 namespace hybrid {
@@ -15,11 +16,6 @@ namespace {
 using at::Tensor;
 
 const float* data(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
-
-// Heads and their elements lie together; tokens may be apart, as in a fused q|k|v.
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(2) == 1 && x.stride(1) == x.size(2) && x.stride(0) >= x.size(1) * x.size(2) ? x : x.contiguous();
-}
 
 // Keys and values with one row stride.
 std::pair<Tensor, Tensor> with_equal_rows(const Tensor& k_, const Tensor& v_) {

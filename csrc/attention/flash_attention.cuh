@@ -20,7 +20,6 @@ constexpr int kFlashWarps = 4;
 constexpr int kFlashRows = kFlashWarps * kWarpRows;
 static_assert(kFlashRows == kStagedRows && kTileKeys == kStagedRows);
 constexpr int kFlashSlices = 2;  // of the output, a block's: twice as many, two sums each, would spill registers
-constexpr int kChunkTiles = static_cast<int>(kAttentionChunk / kKvTile);
 
 // Keys and values of one tile, wherever they lie.
 template <typename T>
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kWarpSize* kFlashWarps, 1) flash_attention_ker
 
   const int first_tile = static_cast<int>(oldest_key(tile.position, p.window) / kTileKeys), last_tile = tile.newest() / kTileKeys;
   ScoreTile<T> scores(shared.scores[warp]);
-  const RowPlaces<T> places(tile, own, p.alibi_slopes);
+  const RowPlaces<T> places(tile, own, p.alibi_slopes, [&](int row) { return tile.position_of(row); });
   RowSums<T, kSlices> chunk, all;
   chunk.clear();
   all.clear();

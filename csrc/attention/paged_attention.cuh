@@ -1,10 +1,11 @@
 // Attention over a paged cache: few query rows, many keys.
 //
 // A block owns 256 keys of one sequence (at absolute positions) for one key/value head, and 16 query rows: all query heads of that
-// key/value head, at as many positions as fit. Each of its 4 warps takes a tile of 64 keys (tile.cuh). The block joins its tiles in
-// order; a second kernel joins the chunks in order. So no sum depends on the batch, and a row's bits are its own: keys that it may not
-// see weigh 0 exactly. flash_attention.cuh, for many rows, has the same order.
-//   bytes: 2 head_dim sizeof(T) a key and key/value head, once (the rows of the heads share them); 4 (head_dim + 2) written and read
+// key/value head, at as many positions as fit; or, where neighbouring sequences with a row each have these keys in the same blocks
+// (samples of one prompt: shared_chunk.cuh), of as many sequences as fit. Each of its 4 warps takes a tile of 64 keys (tile.cuh). The
+// block joins its tiles in order; a second kernel joins the chunks in order. So no sum depends on the batch, and a row's bits are its
+// own: keys that it may not see weigh 0 exactly, and rows of a tile do not meet. flash_attention.cuh, for many rows, has the same order.
+//   bytes: 2 head_dim sizeof(T) a key and key/value head, once for 16 rows of heads and samples; 4 (head_dim + 2) written and read
 //   again a row, head and chunk of 256 keys; flops: 4 head_dim a key and row, on 16 rows at a time
 //   bound: memory, while the rows of a sequence fit one tile; a chunk has 64 KiB at head_dim 64
 // Keys and values go from global memory into registers by 16-byte loads, 8 in flight a thread: no two warps share them, so a detour
@@ -12,13 +13,14 @@
 // a score may be added in any order of head_dim, and columns of the output may be any.
 #pragma once
 #include "attention/attention_cuda.h"
+#include "attention/shared_chunk.cuh"
 #include "attention/tile.cuh"
 #include "common/launch.cuh"
 #include "common/matrix_rows.cuh"
 
 namespace hybrid::cuda {
 
-constexpr int kChunkWarps = static_cast<int>(kAttentionChunk / kKvTile);  // a key tile each
+constexpr int kChunkWarps = kChunkTiles;  // a key tile each
 
 constexpr int kValueCols = 64;  // of the values at once
 
@@ -39,6 +41,7 @@ struct QueryRows {
 template <typename T>
 struct PagedShared {
   int64_t query_offset[kWarpRows];
+  int position[kWarpRows];
   typename ScoreTile<T>::Shared scores[kChunkWarps];
   AttentionTile values[kChunkWarps];           // a slice of weights times values
   RowState state[kChunkWarps][kWarpRows];      // of each tile
@@ -90,12 +93,21 @@ __global__ void __launch_bounds__(kWarpSize* kChunkWarps, 1)
   const int64_t newest = tile.newest(), oldest = oldest_key(tile.position, p.window);
   const int64_t chunk_key = blockIdx.y * kAttentionChunk;
   if (chunk_key > newest || chunk_key + kAttentionChunk <= oldest) return;
+  int readers = 1;  // sequences
+  if (tiling.positions > 1) {
+    const SharedChunk chunk{p.block_tables, p.kv_lengths, p.cu_q, p.batch, p.max_blocks, p.window, chunk_key};
+    readers = chunk.readers(tile.sequence, tiling.positions);
+    if (readers == 0) return;  // an earlier sequence's block does it
+    if (readers > 1) tile.rows = readers * tile.heads;
+  }
 
   PagedShared<T>& shared = shared_memory<PagedShared<T>>();
   const int warp = threadIdx.y, thread = warp * kWarpSize + threadIdx.x;
   const auto index_of = [&](int row) { return tile.row_of(row) * p.heads + tile.head_of(row); };
   if (thread < kWarpRows) {  // rows beyond the last repeat the first
-    shared.query_offset[thread] = index_of(thread < tile.rows ? thread : 0) * p.head_dim;
+    const int row = thread < tile.rows ? thread : 0;
+    shared.query_offset[thread] = tile.row_of(row) * p.q_stride + tile.head_of(row) * p.head_dim;
+    shared.position[thread] = readers > 1 ? p.kv_lengths[tile.sequence + row / tile.heads] - 1 : tile.position_of(row);
   }
   __syncthreads();
 
@@ -109,7 +121,8 @@ __global__ void __launch_bounds__(kWarpSize* kChunkWarps, 1)
   ScoreTile<T> scores(shared.scores[warp]);
   scores.multiply(QueryRows<T>{p.q, shared.query_offset, p.head_dim, aligned}, keys, p.head_dim);
   RowState state[ScoreTile<T>::kRows];
-  softmax_tile(scores, RowPlaces<T>(tile, 0, p.alibi_slopes), {p.scale, p.window}, first_key, state);
+  const RowPlaces<T> places(tile, 0, p.alibi_slopes, [&](int row) { return shared.position[row]; });
+  softmax_tile(scores, places, {p.scale, p.window}, first_key, state);
 #pragma unroll
   for (int i = 0; i < ScoreTile<T>::kRows; ++i) {
     if (threadIdx.x % ScoreTile<T>::kLanes == 0) shared.state[warp][ScoreTile<T>::row(i)] = state[i];
@@ -177,7 +190,7 @@ template <typename T>
 void paged_attention(const PagedAttentionParams<T>& p, Stream stream) {
   if (p.rows == 0 || p.heads == 0) return;
   const HeadTiling tiling(p.heads / p.kv_heads, kWarpRows);
-  const bool aligned = packs_aligned(p.head_dim, p.q, p.cache);
+  const bool aligned = packs_aligned(p.head_dim, p.q, p.cache) && packs_aligned(p.q_stride, p.q);
   const dim3 grid(static_cast<unsigned>(tile_slots(p.rows, p.batch, tiling.positions)),
                   static_cast<unsigned>(attention_chunks(p.max_blocks)),
                   static_cast<unsigned>(p.kv_heads * tiling.tiles));

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "attention/attention.h"
+#include "attention/attention_checks.h"
 #include "common/dims.h"
 
 namespace hybrid {
@@ -13,35 +14,45 @@ namespace {
 
 using at::Tensor;
 
+const float* data(const Tensor& tensor) { return tensor.const_data_ptr<float>(); }
+
+const int32_t* checked_positions(const char* op, const Dims& dims, const Tensor& positions) {
+  const int32_t* at = positions.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < dims["T"]; ++i) {
+    TORCH_CHECK_VALUE(at[i] >= 0 && at[i] < dims["P"], op, ": positions[", i, "] is ", at[i], "; cos holds positions 0 to ",
+                      dims["P"] - 1);
+  }
+  return at;
+}
+
+const int64_t* checked_slots(const char* op, const Dims& dims, const Tensor& slots) {
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const int64_t capacity = dims["blocks"] * kKvTile;
+  for (int64_t i = 0; i < dims["T"]; ++i) {
+    TORCH_CHECK_VALUE(slot[i] >= 0 && slot[i] < capacity, op, ": slots[", i, "] is ", slot[i], "; the cache has ", capacity,
+                      " slots");
+  }
+  return slot;
+}
+
 std::tuple<Tensor, Tensor> rope_cpu(const Tensor& q_, const Tensor& k_, const Tensor& cos_, const Tensor& sin_,
                                     const Tensor& positions_) {
   Dims dims("rope");
-  dims.expect(q_, "q", {"T", "H", "D"})
-      .expect(k_, "k", {"T", "KH", "D"})
-      .expect(cos_, "cos", {"P", "half"})
-      .expect(sin_, "sin", {"P", "half"})
-      .expect(positions_, "positions", {"T"}, at::kInt);
-  const int64_t rotary = 2 * dims["half"], head_dim = dims["D"], known = dims["P"];
-  TORCH_CHECK_VALUE(rotary <= head_dim, "rope: cos has ", dims["half"], " columns, which rotate ", rotary,
-                    " elements; expected at most D=", head_dim, " (from q)");
+  expect_rope("rope", dims, at::kFloat, q_, k_, cos_, sin_, positions_);
   const Tensor cos = cos_.contiguous(), sin = sin_.contiguous(), positions = positions_.contiguous();
-  const int32_t* at = positions.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < dims["T"]; ++i) {
-    TORCH_CHECK_VALUE(at[i] >= 0 && at[i] < known, "rope: positions[", i, "] is ", at[i], "; cos holds positions 0 to ", known - 1);
-  }
+  const int32_t* at = checked_positions("rope", dims, positions);
   const auto rotate = [&](const Tensor& x_) {
-    const Tensor x = x_.contiguous(), out = at::empty(x.sizes(), x.options());
-    const int64_t heads = x.size(1);
-    rope({.in = x.const_data_ptr<float>(),
+    const Tensor x = with_dense_rows(x_), out = at::empty(x.sizes(), x.options());
+    rope({.in = data(x),
           .out = out.mutable_data_ptr<float>(),
-          .in_stride = heads * head_dim,
-          .out_stride = heads * head_dim,
-          .rows = x.size(0),
-          .heads = heads,
-          .head_dim = head_dim,
-          .rotary_dim = rotary,
-          .cos = cos.const_data_ptr<float>(),
-          .sin = sin.const_data_ptr<float>(),
+          .in_stride = x.stride(0),
+          .out_stride = out.stride(0),
+          .rows = dims["T"],
+          .heads = x.size(1),
+          .head_dim = dims["D"],
+          .rotary_dim = 2 * dims["half"],
+          .cos = data(cos),
+          .sin = data(sin),
           .positions = at});
     return out;
   };
@@ -50,21 +61,40 @@ std::tuple<Tensor, Tensor> rope_cpu(const Tensor& q_, const Tensor& k_, const Te
 
 void kv_append_cpu(const Tensor& k_, const Tensor& v_, const Tensor& cache, const Tensor& slots_) {
   Dims dims("kv_append");
-  dims.expect(k_, "k", {"T", "KH", "D"})
-      .expect(v_, "v", {"T", "KH", "D"})
-      .expect(cache, "cache", {"blocks", "KH", "2", "64", "D"})
-      .expect(slots_, "slots", {"T"}, at::kLong);
-  TORCH_CHECK_VALUE(cache.is_contiguous(), "kv_append: cache is written in place; expected it contiguous");
+  expect_append("kv_append", dims, at::kFloat, k_, v_, cache, slots_);
   const Tensor k = k_.contiguous(), v = v_.contiguous(), slots = slots_.contiguous();
-  const int64_t capacity = dims["blocks"] * kKvTile;
-  const int64_t* slot = slots.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < dims["T"]; ++i) {
-    TORCH_CHECK_VALUE(slot[i] >= 0 && slot[i] < capacity, "kv_append: slots[", i, "] is ", slot[i], "; the cache has ", capacity,
-                      " slots");
-  }
-  const KvCacheLayout layout{dims["KH"], dims["D"]};
-  kv_append(k.const_data_ptr<float>(), v.const_data_ptr<float>(), dims["KH"] * dims["D"], dims["T"], slot, layout,
-            cache.mutable_data_ptr<float>());
+  kv_append(data(k), data(v), dims["KH"] * dims["D"], dims["T"], checked_slots("kv_append", dims, slots),
+            {dims["KH"], dims["D"]}, cache.mutable_data_ptr<float>());
+}
+
+Tensor rope_append_cpu(const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& cos_, const Tensor& sin_,
+                       const Tensor& positions_, const Tensor& cache, const Tensor& slots_) {
+  constexpr const char* kOp = "rope_append";
+  Dims dims(kOp);
+  expect_rope(kOp, dims, at::kFloat, q_, k_, cos_, sin_, positions_);
+  expect_append(kOp, dims, at::kFloat, k_, v_, cache, slots_);
+  const Tensor q = with_dense_rows(q_), k = with_dense_rows(k_), v = with_dense_rows(v_);
+  const Tensor cos = cos_.contiguous(), sin = sin_.contiguous(), positions = positions_.contiguous(), slots = slots_.contiguous();
+  const Tensor out = at::empty(q.sizes(), q.options());
+  rope_append({.query = {.in = data(q),
+                         .out = out.mutable_data_ptr<float>(),
+                         .in_stride = q.stride(0),
+                         .out_stride = out.stride(0),
+                         .rows = dims["T"],
+                         .heads = dims["H"],
+                         .head_dim = dims["D"],
+                         .rotary_dim = 2 * dims["half"],
+                         .cos = data(cos),
+                         .sin = data(sin),
+                         .positions = checked_positions(kOp, dims, positions)},
+               .k = data(k),
+               .v = data(v),
+               .k_stride = k.stride(0),
+               .v_stride = v.stride(0),
+               .slots = checked_slots(kOp, dims, slots),
+               .layout = {dims["KH"], dims["D"]},
+               .cache = cache.mutable_data_ptr<float>()});
+  return out;
 }
 
 }  // namespace
@@ -72,6 +102,7 @@ void kv_append_cpu(const Tensor& k_, const Tensor& v_, const Tensor& cache, cons
 TORCH_LIBRARY_IMPL(hybrid_kernels, CPU, m) {
   m.impl("rope", rope_cpu);
   m.impl("kv_append", kv_append_cpu);
+  m.impl("rope_append", rope_append_cpu);
 }
 
 }  // namespace hybrid

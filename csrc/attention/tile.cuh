@@ -143,12 +143,14 @@ struct RowPlaces {
   int position[ScoreTile<T>::kRows];  // -1: no row
   float slope[ScoreTile<T>::kRows];   // of ALiBi, or 0
 
-  __device__ __forceinline__ RowPlaces(const QueryTile& tile, int first_row, const float* alibi_slopes) {
+  template <typename PositionOf>
+  __device__ __forceinline__ RowPlaces(const QueryTile& tile, int first_row, const float* alibi_slopes,
+                                       const PositionOf& position_of) {
 #pragma unroll
     for (int i = 0; i < ScoreTile<T>::kRows; ++i) {
       const int row = first_row + ScoreTile<T>::row(i);
       const bool any = row < tile.rows;
-      position[i] = any ? static_cast<int>(tile.position_of(row)) : -1;
+      position[i] = any ? position_of(row) : -1;
       slope[i] = any && alibi_slopes != nullptr ? alibi_slopes[tile.head_of(row)] : 0.0f;
     }
   }

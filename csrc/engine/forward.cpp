@@ -172,10 +172,7 @@ void Forward::attention(const Pass& pass, int64_t layer, const float* x) {
   const BlockWeights& block = weights_.blocks[layer];
   linear_layer(block.qkv, x, pass.rows(), qkv_.data());
   if (spec_.qk_norm) normalize_heads(block, pass.rows());
-  if (spec_.positions == PositionKind::kRotary) rotate(pass);
-  const float* keys = qkv_.data() + q_size_;
-  const float* values = keys + kv_size_;
-  kv_append(keys, values, qkv_size_, pass.rows(), slots_.data(), cache_.layout(), cache_.layer(layer));
+  append(pass, cache_.layer(layer));
   attend(pass, layer);
   const float* attended = everyones(attended_.data(), attended_begins_, pass.rows());
   whole_layer(block.attn_out, slices_.hidden, attended, pass.rows(), delta_.data());
@@ -195,21 +192,32 @@ void Forward::normalize_heads(const BlockWeights& block, int64_t rows) {
   });
 }
 
-void Forward::rotate(const Pass& pass) {
-  RopeArgs args{};
-  args.in_stride = args.out_stride = qkv_size_;
-  args.rows = pass.rows();
-  args.head_dim = spec_.head_dim;
-  args.rotary_dim = spec_.rotary_dim;
-  args.cos = weights_.rope_cos;
-  args.sin = weights_.rope_sin;
-  args.positions = pass.positions.data();
-  args.in = args.out = qkv_.data();
-  args.heads = heads_;
-  rope(args);
-  args.in = args.out = qkv_.data() + q_size_;
-  args.heads = kv_heads_;
-  rope(args);
+// Keys and values go to the cache; with a rotary embedding the queries, where they lie, and the keys turn first.
+void Forward::append(const Pass& pass, float* cache) {
+  const float* keys = qkv_.data() + q_size_;
+  const float* values = keys + kv_size_;
+  if (spec_.positions != PositionKind::kRotary) {
+    kv_append(keys, values, qkv_size_, pass.rows(), slots_.data(), cache_.layout(), cache);
+    return;
+  }
+  rope_append({.query = {.in = qkv_.data(),
+                         .out = qkv_.data(),
+                         .in_stride = qkv_size_,
+                         .out_stride = qkv_size_,
+                         .rows = pass.rows(),
+                         .heads = heads_,
+                         .head_dim = spec_.head_dim,
+                         .rotary_dim = spec_.rotary_dim,
+                         .cos = weights_.rope_cos,
+                         .sin = weights_.rope_sin,
+                         .positions = pass.positions.data()},
+               .k = keys,
+               .v = values,
+               .k_stride = qkv_size_,
+               .v_stride = qkv_size_,
+               .slots = slots_.data(),
+               .layout = cache_.layout(),
+               .cache = cache});
 }
 
 void Forward::attend(const Pass& pass, int64_t layer) {

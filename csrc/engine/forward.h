@@ -60,7 +60,7 @@ class Forward {
   void block_post_norm(const Pass& pass, int64_t layer);
   void attention(const Pass& pass, int64_t layer, const float* x);
   void normalize_heads(const BlockWeights& block, int64_t rows);
-  void rotate(const Pass& pass);
+  void append(const Pass& pass, float* cache);
   void attend(const Pass& pass, int64_t layer);
   void attend(const Pass& pass, int64_t layer, const HeadSegment& segment);
   void mlp(const BlockWeights& block, const float* x, int64_t rows);

@@ -2,7 +2,9 @@
 
 namespace hybrid::cuda {
 
-#define HYBRID_INSTANTIATE(T) template void skinny_linear(const SkinnyLinearParams<T>&, Stream);
+#define HYBRID_INSTANTIATE(T)                                          \
+  template void skinny_linear(const SkinnyLinearParams<T>&, Stream); \
+  template void skinny_linear_activation(const SkinnyLinearParams<T>&, Activation, bool, Stream);
 
 HYBRID_INSTANTIATE(float)
 HYBRID_INSTANTIATE(f16)

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "activation/activation.h"
+
 namespace hybrid::cuda {
 
 constexpr int kSkinnyRows = 16;       // at most
@@ -27,5 +29,10 @@ struct SkinnyLinearParams {
 };
 template <typename T>
 void skinny_linear(const SkinnyLinearParams<T>& params, void* stream);
+
+// act(y), or, where `gated`, act(y[:, :N/2]) y[:, N/2:], to p.y [rows, N] or [rows, N/2], without y itself: y is rounded before the
+// activation is taken, so that the bits are those of skinny_linear and activation_cuda.h.
+template <typename T>
+void skinny_linear_activation(const SkinnyLinearParams<T>& params, Activation kind, bool gated, void* stream);
 
 }  // namespace hybrid::cuda

@@ -1,13 +1,16 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
-#include <numeric>
+#include <string_view>
 #include <vector>
 
+#include "activation/activation.h"
+#include "activation/activation_checks.h"
 #include "common/dims.h"
 #include "linear/linear.h"
+#include "linear/linear_checks.h"
 #include "linear/weight_tensor.h"
 
 namespace hybrid {
@@ -36,22 +39,14 @@ void add_low_rank_(const Tensor& x, const Tensor& y, const Tensor& lora_a, const
                 .scratch = scratch.mutable_data_ptr<float>()});
 }
 
-Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-                  const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
-                  at::IntArrayRef lora_splits) {
-  Dims dims("linear");
+Tensor layer(const char* op, const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+             const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
+             at::IntArrayRef lora_splits) {
+  Dims dims(op);
   dims.expect(x_, "x", {"...", "K"})
       .expect(weight_, "weight", {"N", "K"}, weight_type(weight_))
       .expect(bias_, "bias", {"N"});
-  TORCH_CHECK_VALUE(lora_a.has_value() == lora_b.has_value(), "linear: lora_a and lora_b come together; expected both or none");
-  if (lora_a) {
-    dims.expect(lora_b, "lora_b", {"N", "R"});
-    const int64_t total = std::accumulate(lora_splits.begin(), lora_splits.end(), int64_t{0});
-    TORCH_CHECK_VALUE(total == dims["N"], "linear: lora_splits ", lora_splits, " sum to ", total, "; expected N=", dims["N"],
-                      " (from weight)");
-    dims.bind("S*R", static_cast<int64_t>(lora_splits.size()) * dims["R"], "lora_splits and lora_b");
-    dims.expect(lora_a, "lora_a", {"S*R", "K"});
-  }
+  expect_low_rank(op, dims, at::kFloat, lora_a, lora_b, lora_splits);
   const Tensor x = x_.contiguous(), weight = weight_.contiguous();
   const Tensor bias = bias_ ? bias_->contiguous() : Tensor();
   std::vector<int64_t> shape = x.sizes().vec();
@@ -68,6 +63,31 @@ Tensor linear_cpu(const Tensor& x_, const Tensor& weight_, const std::optional<T
           .N = dims["N"],
           .K = dims["K"]});
   if (lora_a) add_low_rank_(x, y, *lora_a, *lora_b, lora_scale, lora_splits, dims);
+  return y;
+}
+
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& lora_a,
+                  const std::optional<Tensor>& lora_b, double lora_scale, at::IntArrayRef lora_splits) {
+  return layer("linear", x, weight, bias, lora_a, lora_b, lora_scale, lora_splits);
+}
+
+Tensor linear_activation_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& lora_a, const std::optional<Tensor>& lora_b, double lora_scale,
+                             at::IntArrayRef lora_splits, std::string_view kind_, bool gated) {
+  constexpr const char* kOp = "linear_activation";
+  const Activation kind = checked_kind(kOp, kind_);
+  const Tensor before = layer(kOp, x, weight, bias, lora_a, lora_b, lora_scale, lora_splits);
+  const int64_t cols = activated_width(kOp, weight.size(0), gated);
+  std::vector<int64_t> shape = before.sizes().vec();
+  shape.back() = cols;
+  const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
+  float* in = before.mutable_data_ptr<float>();
+  if (!gated) {
+    bias_activation(in, nullptr, in, rows, cols, kind);
+    return before;
+  }
+  const Tensor y = at::empty(shape, before.options());
+  gated_activation(in, y.mutable_data_ptr<float>(), rows, cols, kind);
   return y;
 }
 
@@ -93,6 +113,7 @@ Tensor matmul_cpu(const Tensor& a, const Tensor& b_) {
 
 TORCH_LIBRARY_IMPL(hybrid_kernels, CPU, m) {
   m.impl("linear", linear_cpu);
+  m.impl("linear_activation", linear_activation_cpu);
   m.impl("matmul", matmul_cpu);
 }
 

@@ -60,4 +60,27 @@ struct SampleParams {
 template <typename T>
 void sample(const SampleParams<T>& params, void* stream);
 
+// The same from at most 16 rows of the head's input, without their logits. Not for truncated draws. The logits are those of the linear
+// layer (linear_cuda.h), rounded to T; a row's bits do not depend on the others.
+struct HeadBlock {  // 64 tokens of a row, or fewer at its end
+  float max, weight, weighted;  // greatest logit; sums relative to it, as BlockStats (row.h) has them
+  float logit;                  // of the token that wins among these
+  int32_t token;
+};
+template <typename T>
+struct HeadSampleParams {
+  const T* x;       // [rows, width]
+  const T* weight;  // [vocab, width]
+  float temperature;  // 0: the greatest logit, the first of several
+  uint64_t seed;
+  const int64_t* sample_ids;  // [rows]
+  const int64_t* positions;   // [rows]
+  HeadBlock* blocks;          // scratch [rows, ceil(vocab / 64)]
+  int64_t* token;             // [rows], and what follows: as sample gives them
+  float *logprob, *entropy, *kept_mass, *threshold, *kept_logprob;
+  int64_t rows, vocab, width;
+};
+template <typename T>
+void sample_skinny_head(const HeadSampleParams<T>& params, void* stream);
+
 }  // namespace hybrid::cuda

@@ -54,12 +54,14 @@ COSTS: Mapping[str, Cost] = {
     "gated_activation_backward": Cost("5 n s"),
     "lora_merge": Cost("2 n s"),
     "linear": Cost("N K s", products="2 N K M"),
+    "linear_activation": Cost("N K s", products="2 N K M"),
     # keys: those that a row attends to, on average
     "attention": Cost("2 (H + KH) D s", times="T", products="4 D H keys"),
     "attention_backward": Cost("4 (H + KH) D s", times="T", products="14 D H keys", launches=3),
     "paged_attention": Cost("2 D s", times="keys KH", products="4 D H/KH", launches=2),
     "rope": Cost("2 n s", launches=2),
     "kv_append": Cost("2 n s"),
+    "rope_append": Cost("2 n s"),
     "token_logprobs": Cost("V s", times="M"),
     "token_logprobs_backward": Cost("2 V s", times="M"),
     "sample": Cost("V s", times="M"),
@@ -112,10 +114,9 @@ _TRAIN = {**_MODEL, "M": 8192, "keys": 8192}
 
 CASES: tuple[tuple[str, str, Sizes], ...] = (
     ("decode 64 x 2048", "add_rms_norm", {**_DECODE, "n": 64 * 4096}),
-    ("decode 16, gate|up", "linear", {**_DECODE, "M": 16, "N": 2 * 14336}),
+    ("decode 16, gate|up", "linear_activation", {**_DECODE, "M": 16, "N": 2 * 14336}),
     ("decode 64, gate|up", "triton linear", {**_DECODE, "N": 2 * 14336}),
-    ("decode 64 x 2048", "rope", {**_DECODE, "n": 64 * 40 * 128}),
-    ("decode 64 x 2048", "kv_append", {**_DECODE, "n": 64 * 16 * 128}),
+    ("decode 64 x 2048", "rope_append", {**_DECODE, "n": 64 * 48 * 128}),
     ("decode 64 x 2048", "paged_attention", _DECODE),
     ("decode 64 x 2048", "gated_activation", {**_DECODE, "n": 64 * 14336}),
     ("decode 64 x 2048", "linear_sample", _DECODE),

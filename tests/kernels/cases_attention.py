@@ -64,6 +64,21 @@ def _appended(append):
     return run
 
 
+def _rope_append(shape: Shape, rng: torch.Generator) -> Args:
+    q, k, cos, sin, positions = _rope(shape, rng)
+    cache = torch.randn(3, KV_HEADS, 2, 64, q.shape[-1], generator=rng)
+    slots = torch.randperm(3 * 64, generator=rng)[: shape.rows]
+    return q, k, shape.randn(rng, *k.shape), cos, sin, positions, cache, slots
+
+
+def _turned_and_appended(append):
+    def run(q, k, v, cos, sin, positions, cache, slots):
+        cache = cache.clone()
+        return append(q, k, v, cos, sin, positions, cache, slots), cache
+
+    return run
+
+
 def _backward(q, k, v, cu_seqlens, scale, slopes, window):
     out, lse = torch.ops.hybrid_kernels.attention(q, k, v, cu_seqlens, scale, slopes, window)
     return q.cos(), q, k, v, out, lse, cu_seqlens, scale, slopes, window
@@ -191,6 +206,28 @@ CASES = [
                 "slot", _spoil(3, lambda s: s - 192), r"slots\[0\] is -\d+; the cache has 192 slots"
             ),
             BadInput("cache-strided", _spoil(2, lambda c: c.transpose(0, 1)), "cache"),
+        ),
+    ),
+    OpCase(
+        name="rope_append",
+        function=_turned_and_appended(ops.rope_append),
+        reference=_turned_and_appended(reference.rope_append),
+        make_inputs=_rope_append,
+        operators={"rope_append": lambda *args: args},
+        shapes=SHAPES,
+        bad_inputs=(
+            BadInput(
+                "position",
+                _spoil(5, lambda p: p + 100),
+                r"rope_append: positions\[0\] is 1\d\d; cos holds positions 0 to 99",
+            ),
+            BadInput("values", _spoil(2, lambda v: v[:, 1:]), r"rope_append: v has shape"),
+            BadInput(
+                "slot",
+                _spoil(7, lambda s: s - 192),
+                r"rope_append: slots\[0\] is -\d+; the cache has 192 slots",
+            ),
+            BadInput("cache-strided", _spoil(6, lambda c: c.transpose(0, 1)), "cache"),
         ),
     ),
 ]

@@ -22,6 +22,29 @@ def _low_rank(shape: Shape, rng: torch.Generator) -> Args:
     return *_plain(shape, rng), lora_a, lora_b, 0.5, splits
 
 
+def _activated(kind: str, gated: bool, low_rank: bool):
+    def make(shape: Shape, rng: torch.Generator) -> Args:
+        outputs, splits, rank = 2 * OUT, [20, 54], 5
+        x, weight = shape.randn(rng, shape.rows, shape.cols), shape.randn(rng, outputs, shape.cols)
+        layer = x, weight, shape.randn(rng, outputs), kind, gated
+        if not low_rank:
+            return layer
+        lora_a = shape.randn(rng, len(splits) * rank, shape.cols)
+        return *layer, lora_a, shape.randn(rng, outputs, rank), 0.5, splits
+
+    return make
+
+
+def _activation_reference(x, weight, bias, kind, gated, *low_rank):
+    defaults = (None, None, 1.0, [])
+    wide = reference.linear(x, weight, bias, *(low_rank or defaults))
+    return reference.activate(wide, kind, gated)
+
+
+def _full_activation(x, weight, bias, kind, gated, *low_rank):
+    return x, weight, bias, *(low_rank or (None, None, 1.0, [])), kind, gated
+
+
 def _product(shape: Shape, rng: torch.Generator) -> Args:
     return shape.randn(rng, shape.rows, OUT).T, shape.randn(
         rng, shape.rows, shape.cols
@@ -80,6 +103,28 @@ CASES = [
                 r"lora_a has shape \[10, 123\]; expected \[S\*R, K\]",
             ),
         ),
+    ),
+    OpCase(
+        name="linear_activation",
+        function=ops.linear_activation,
+        reference=_activation_reference,
+        make_inputs=_activated("gelu_erf", gated=False, low_rank=False),
+        operators={"linear_activation": _full_activation},
+        bad_inputs=(
+            BadInput("kind", _spoil(3, "swish"), r"^linear_activation: .*swish"),
+            BadInput(
+                "odd",
+                lambda x, w, b, kind, gated: (x, w[1:], b[1:], kind, True),
+                r"^linear_activation: weight has 73 rows; expected gate and up, an even number",
+            ),
+        ),
+    ),
+    OpCase(
+        name="linear_activation:gated",
+        function=ops.linear_activation,
+        reference=_activation_reference,
+        make_inputs=_activated("silu", gated=True, low_rank=True),
+        operators={"linear_activation": _full_activation},
     ),
     OpCase(
         name="matmul",

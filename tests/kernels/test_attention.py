@@ -217,3 +217,18 @@ def test_rope_turns_back_and_matches_transformers_form() -> None:
     c, s = (torch.cat((t, t), -1)[positions.long()][:, None] for t in (cos, sin))
     torch.testing.assert_close(turned[0][..., :16], x * c + half * s, rtol=0, atol=2e-6)
     assert_same_bits(turned[0][..., 16:], q[..., 16:])
+
+
+def test_rope_and_append_in_one_have_the_bits_of_the_two() -> None:
+    """Of views of a fused projection, as a decode step has them."""
+    rng = torch.Generator().manual_seed(0)
+    qkv = torch.randn(33, (6 + 2 * 2) * 40, generator=rng).split([240, 80, 80], dim=1)
+    q, k, v = (part.unflatten(1, (-1, 40)) for part in qkv)
+    angles = torch.randn(50, 12, generator=rng)
+    positions = torch.randint(50, (33,), generator=rng, dtype=torch.int32)
+    slots = torch.randperm(128, generator=rng)[:33]
+    apart, together = torch.zeros(2, 2, 2, 2, 64, 40)
+    turned, keys = ops.rope(q, k, angles.cos(), angles.sin(), positions)
+    ops.kv_append(keys, v, apart, slots)
+    queries = ops.rope_append(q, k, v, angles.cos(), angles.sin(), positions, together, slots)
+    assert_same_bits((queries, together), (turned, apart))

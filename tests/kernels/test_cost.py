@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTH = 96, 1024
 COSTS_OF_PRODUCTS = (
     "linear",
+    "linear_activation",
     "linear_token_logprobs",
     "linear_sample",
     "triton linear",
@@ -88,6 +89,10 @@ def calls() -> dict[str, tuple[Callable[[], Any], dict[str, int]]]:
             lambda: ops.lora_merge(x, torch.randn(1, WIDTH), torch.randn(ROWS, 1), 1.0, [ROWS]), e
         ),
         "linear": (lambda: ops.linear(few, weight), {"N": 1024, "K": 512, "M": 2, "s": s}),
+        "linear_activation": (
+            lambda: ops.linear_activation(few, weight, None, "silu", True),
+            {"N": 1024, "K": 512, "M": 2, "s": s},
+        ),
         "linear_token_logprobs": (
             lambda: ops.linear_token_logprobs(few, weight, targets[:2]), head
         ),

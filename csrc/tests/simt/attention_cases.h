@@ -17,11 +17,13 @@ struct AttentionCase {
   int64_t window = 0;
   bool alibi = false;
   int64_t shift = 0;
+  std::vector<int64_t> shared = {};  // blocks that each sequence has in common with the one before it
 
   std::string name() const {
     std::string text = "heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " dim " + std::to_string(dim) +
                        " window " + std::to_string(window) + (alibi ? " alibi" : "") + " lengths";
     for (const Sequence& s : sequences) text += " " + std::to_string(s.length) + ":" + std::to_string(s.rows);
+    for (size_t b = 0; b < shared.size(); ++b) text += (b == 0 ? " shared " : " ") + std::to_string(shared[b]);
     return text;
   }
 };
@@ -49,7 +51,10 @@ struct Batch {
       const Sequence& s = c.sequences[b];
       lengths[b] = static_cast<int32_t>(s.length);
       starts[b + 1] = static_cast<int32_t>(starts[b] + s.rows);
-      for (int64_t block = 0; block * kKvTile < s.length; ++block) tables[b * max_blocks + block] = order[used++];
+      for (int64_t block = 0; block * kKvTile < s.length; ++block) {
+        const bool common = b > 0 && !c.shared.empty() && block < c.shared[b];
+        tables[b * max_blocks + block] = common ? tables[(b - 1) * max_blocks + block] : order[used++];
+      }
       for (int64_t t = 0; t < s.length; ++t) {
         for (int64_t h = 0; h < c.kv_heads; ++h) {
           for (int64_t d = 0; d < c.dim; ++d) {

@@ -1,5 +1,6 @@
 // The linear layer of a few rows against fp64: 1 to 16 rows, widths around 16 outputs, 32 columns and what 8 warps share, with and
 // without a bias and a low-rank term in splits; and a row's bits do not depend on the others.
+#include "activation/activation.cuh"
 #include "linear/skinny_linear.cuh"
 #include "tests/simt/harness.h"
 
@@ -65,9 +66,9 @@ std::vector<double> multiply(const Layer<T>& layer, const LinearCase& c) {
   return out;
 }
 
-template <typename T>
-Buffer<T> run_linear(const Layer<T>& layer, const LinearCase& c) {
-  Buffer<T> y(c.rows * c.N, c.shift);
+// Calls run(parameters), y being where they lead.
+template <typename T, typename Run>
+void with_parameters(const Layer<T>& layer, const LinearCase& c, Buffer<T>& y, const Run& run) {
   const int splits = static_cast<int>(c.splits.size());
   Buffer<float> inner(c.rows * splits * c.rank);
   cuda::SkinnyLinearParams<T> p{.x = layer.x.data(),
@@ -86,8 +87,61 @@ Buffer<T> run_linear(const Layer<T>& layer, const LinearCase& c) {
                                 .split_end = {}};
   int64_t end = 0;
   for (int i = 0; i < splits; ++i) p.split_end[i] = end += c.splits[i];
-  cuda::skinny_linear(p, nullptr);
+  run(p);
+}
+
+template <typename T>
+Buffer<T> run_linear(const Layer<T>& layer, const LinearCase& c) {
+  Buffer<T> y(c.rows * c.N, c.shift);
+  with_parameters(layer, c, y, [](const auto& p) { cuda::skinny_linear(p, nullptr); });
   return y;
+}
+
+// act(y), or act(gate) up of y = gate | up, as torch writes it.
+template <typename Mode>
+std::vector<double> activate(const std::vector<double>& y, const LinearCase& c, Activation kind, bool gated) {
+  using Real = typename Mode::Real;
+  const auto act = [&](Real x) {
+    switch (kind) {
+      case Activation::kRelu: return std::max(x, Real(0));
+      case Activation::kSilu: return x / (1 + std::exp(-x));
+      case Activation::kGeluTanh: return x / 2 * (1 + std::tanh(Real(0.7978845608028654) * (x + Real(0.044715) * x * x * x)));
+      case Activation::kGeluErf: return x / 2 * (1 + std::erf(x * Real(0.7071067811865476)));
+    }
+    return Real(NAN);
+  };
+  std::vector<double> out;
+  const int64_t cols = gated ? c.N / 2 : c.N;
+  for (int64_t i = 0; i < c.rows * cols; ++i) {
+    const int64_t at = i / cols * c.N + i % cols;
+    const Real value = Mode::round(act(static_cast<Real>(y[at])));
+    out.push_back(gated ? Mode::round(value * static_cast<Real>(y[at + cols])) : value);
+  }
+  return out;
+}
+
+// Against fp64, and bit for bit against the linear layer and the activation one after another.
+template <typename T>
+void test_activation(const LinearCase& c, Activation kind, bool gated, Accuracy& accuracy) {
+  const Layer<T> layer(c);
+  const int64_t cols = gated ? c.N / 2 : c.N;
+  const std::string what = std::string("linear_activation ") + kTypeName<T> + " " + c.name();
+  const auto results = in_every_order(what, [&] {
+    std::vector<Buffer<T>> out;
+    out.emplace_back(c.rows * cols, c.shift);
+    with_parameters(layer, c, out[0], [&](const auto& p) { cuda::skinny_linear_activation(p, kind, gated, nullptr); });
+    return out;
+  });
+  accuracy.check(results[0], activate<Exact>(multiply<Exact>(layer, c), c, kind, gated),
+                 activate<Plain<T>>(multiply<Plain<T>>(layer, c), c, kind, gated), what);
+  const Buffer<T> before = run_linear(layer, c);
+  Buffer<T> apart(c.rows * cols, c.shift);
+  if (gated) {
+    cuda::gated_activation<T>({before.data(), apart.data(), c.rows, cols}, kind, nullptr);
+  } else {
+    cuda::bias_activation<T>({before.data(), nullptr, apart.data(), c.rows, cols}, kind, nullptr);
+  }
+  expect(results[0].same_bits(apart), "the epilogue's bits are those of the two kernels");
 }
 
 template <typename T>
@@ -135,6 +189,17 @@ void test_type() {
     for (const LinearCase& c : cases) test_linear<T>(c, accuracy);
   }
   test_own_bits<T>();
+  Accuracy accuracy(std::string("linear_activation ") + kTypeName<T>);
+  test_activation<T>({16, 17, 70, true, 2, {5, 12}}, Activation::kGeluErf, false, accuracy);
+  test_activation<T>({3, 33, 40}, Activation::kRelu, false, accuracy);
+  test_activation<T>({9, 34, 264, true, 3, {17, 17}}, Activation::kSilu, true, accuracy);
+  test_activation<T>({1, 14, 33, true, 0, {}, 1}, Activation::kGeluTanh, true, accuracy);
+  test_activation<T>({2, 16, 0, true}, Activation::kSilu, true, accuracy);
+  test_activation<T>({0, 16, 8}, Activation::kSilu, true, accuracy);
+  if (full_grid()) {
+    test_activation<T>({7, 48, 520}, Activation::kSilu, false, accuracy);
+    test_activation<T>({12, 64, 320, true, 8, {32, 32}}, Activation::kGeluTanh, true, accuracy);
+  }
 }
 
 }  // namespace

@@ -55,6 +55,7 @@ EXPECTED_CODE = {
     "20skinny_linear_kernelINS_3f16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32"),
     "20skinny_linear_kernelINS_4bf16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
     "rope_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
+    "rope_append_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
     "kv_append_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
     "token_logprobs": (r"LDG\.E[.\w]*\.128",),
     "sample_kernel": (r"LDG\.E[.\w]*\.128",),

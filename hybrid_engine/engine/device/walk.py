@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,8 +131,9 @@ class LayerWalk:
             k = ops.rms_norm(k, self._tensors[f"{name}.k_norm.weight"], spec.norm_eps)
         if spec.rope is not None:
             cos, sin = self._tensors["rope_cos"], self._tensors["rope_sin"]
-            q, k = ops.rope(q, k, cos, sin, rows.positions)
-        ops.kv_append(k, v, cache, rows.slots)
+            q = ops.rope_append(q, k, v, cos, sin, rows.positions, cache, rows.slots)
+        else:
+            ops.kv_append(k, v, cache, rows.slots)
         attended = ops.paged_attention(
             q,
             cache,
@@ -145,10 +147,10 @@ class LayerWalk:
         return self._linear(f"{name}.attn_out", attended.flatten(-2))
 
     def _mlp(self, name: str, x: Tensor) -> Tensor:
-        wide, kind = self._linear(f"{name}.mlp_in", x), self.spec.activation
-        if self.spec.gated_mlp:
-            return self._linear(f"{name}.mlp_out", ops.gated_activation(wide, kind))
-        return self._linear(f"{name}.mlp_out", ops.bias_activation(wide, None, kind))
+        layer, low_rank = self._layer(f"{name}.mlp_in")
+        kind, gated = self.spec.activation, self.spec.gated_mlp
+        activated = ops.linear_activation(x, *layer, kind, gated, *low_rank)
+        return self._linear(f"{name}.mlp_out", activated)
 
     def _finish(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
         if not self.spec.final_norm:
@@ -161,12 +163,17 @@ class LayerWalk:
         return hidden
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
+        layer, low_rank = self._layer(name)
+        return ops.linear(x, *layer, *low_rank)
+
+    def _layer(self, name: str) -> tuple[tuple[Tensor, Tensor | None], tuple[Any, ...]]:
+        """(weight, bias), and the low-rank term's arguments where there is one."""
+        layer = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
         lora_a = self._tensors.get(f"{name}.lora_a")
         if lora_a is None:
-            return ops.linear(x, weight, bias)
-        lora_b, adapter = self._tensors[f"{name}.lora_b"], self._adapters[name]
-        return ops.linear(x, weight, bias, lora_a, lora_b, adapter.scale, adapter.splits)
+            return layer, ()
+        adapter = self._adapters[name]
+        return layer, (lora_a, self._tensors[f"{name}.lora_b"], adapter.scale, adapter.splits)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight, eps = self._tensors[f"{name}.weight"], self.spec.norm_eps

@@ -2,10 +2,16 @@
 
 from hybrid_kernels.ops._dispatch import activations
 from hybrid_kernels.ops.activation import bias_activation, gated_activation
-from hybrid_kernels.ops.attention import attention, kv_append, paged_attention, rope
+from hybrid_kernels.ops.attention import (
+    attention,
+    kv_append,
+    paged_attention,
+    rope,
+    rope_append,
+)
 from hybrid_kernels.ops.gather import unshard_
 from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
-from hybrid_kernels.ops.linear import linear, matmul
+from hybrid_kernels.ops.linear import linear, linear_activation, matmul
 from hybrid_kernels.ops.lora import MergeRecord, lora_merge, lora_merge_, lora_unmerge_
 from hybrid_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hybrid_kernels.ops.rlhf import (
@@ -36,6 +42,7 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "linear",
+    "linear_activation",
     "linear_sample",
     "linear_token_logprobs",
     "lora_merge",
@@ -49,6 +56,7 @@ __all__ = [
     "ppo_value_loss",
     "rms_norm",
     "rope",
+    "rope_append",
     "sample",
     "token_logprobs",
     "unshard_",

@@ -134,6 +134,42 @@ def kv_append(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     torch.ops.hybrid_kernels.kv_append(k, v, cache, slots)
 
 
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`rope`, then `kv_append` of the turned keys, in one pass: what a decode step does to q|k|v.
+
+    The same bits as the two; not differentiable.
+
+    Args:
+        q: ``[T, H, D]`` float32; rows of this, ``k`` and ``v`` may be strided, as views of a fused
+            q|k|v.
+        k: ``[T, KH, D]`` float32.
+        v: like ``k``.
+        cos: ``[P, rotary / 2]`` float32, by position.
+        sin: like ``cos``.
+        positions: ``[T]`` int32 in [0, P).
+        cache: ``[blocks, KH, 2, 64, D]`` float32, contiguous; changed in place.
+        slots: ``[T]`` int64: block * 64 + offset, each once.
+
+    Returns:
+        Rotated ``q``, ``[T, H, D]``, contiguous.
+
+    Raises:
+        ValueError: shapes that do not fit, a position outside the tables, a slot outside the cache.
+    """
+    if not use_native("rope_append", q, k, v, cache):
+        return reference.rope_append(q, k, v, cos, sin, positions, cache, slots)
+    return torch.ops.hybrid_kernels.rope_append(q, k, v, cos, sin, positions, cache, slots)
+
+
 # What torch must know.
 
 
@@ -191,3 +227,4 @@ register(
     half_on_cuda=True,
 )
 register("kv_append", lambda *_: None, half_on_cuda=True)
+register("rope_append", lambda q, *_: q.new_empty(q.shape), half_on_cuda=True)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from hybrid_kernels import reference
 from hybrid_kernels.ops._dispatch import register, use_native, use_native_with_weight, widened
 from hybrid_kernels.ops._exact import exact
+from hybrid_kernels.ops.activation import bias_activation, gated_activation
 
 
 def linear(
@@ -62,6 +63,53 @@ def linear(
         weight = widened(weight, x)
         return reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
     return torch.ops.hybrid_kernels.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+
+
+def linear_activation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    gated: bool,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    lora_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """`linear` and the activation of its result, which up to 16 rows on CUDA is never stored: the
+    first half of an MLP in a decode step.
+
+    The same bits as `linear` and then `bias_activation` or `gated_activation`; not differentiable.
+
+    Args:
+        x: ``[..., K]``; this, ``weight``, ``bias`` and the low-rank term as in `linear`.
+        weight: ``[N, K]``.
+        bias: ``[N]`` or None.
+        kind: ``relu``, ``silu``, ``gelu_tanh`` or ``gelu_erf``.
+        gated: the N outputs are ``gate | up``, and the result is ``act(gate) * up``.
+        lora_a: ``[S * R, K]`` or None.
+        lora_b: ``[N, R]`` or None.
+        lora_scale: the factor of the low-rank term.
+        lora_splits: sizes of the S splits, summing to N; None means one split.
+
+    Returns:
+        ``[..., N]``, or where gated ``[..., N / 2]``.
+
+    Raises:
+        ValueError: shapes that do not fit, an odd N of a gated layer, an unknown kind.
+    """
+    splits = list(lora_splits or ([] if lora_a is None else [weight.shape[0]]))
+    if exact(x):
+        wide = exact_linear(x, weight, bias, lora_a, lora_b, lora_scale, splits, False)
+        return gated_activation(wide, kind) if gated else bias_activation(wide, None, kind)
+    bias, lora_a, lora_b = (widened(part, x) for part in (bias, lora_a, lora_b))
+    if not use_native_with_weight("linear_activation", x, weight, bias, lora_a, lora_b):
+        weight = widened(weight, x)
+        wide = reference.linear(x, weight, bias, lora_a, lora_b, lora_scale, splits)
+        return reference.activate(wide, kind, gated)
+    return torch.ops.hybrid_kernels.linear_activation(
+        x, weight, bias, lora_a, lora_b, lora_scale, splits, kind, gated
+    )
 
 
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -146,6 +194,12 @@ def _grad_b(grad: Tensor, projected: Tensor, splits: list[int]) -> Tensor:
     return torch.cat([matmul(g.T, p) for g, p in pairs])
 
 
+def _fake_activation(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    columns = weight.shape[0] // 2 if rest[-1] else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], columns))
+
+
+register("linear_activation", _fake_activation, half_on_cuda=True)
 register("linear", _fake, setup_context=_setup, backward=_backward, half_on_cuda=True)
 register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), half_on_cuda=True)
 

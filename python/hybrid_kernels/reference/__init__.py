@@ -1,7 +1,13 @@
 """The operators in plain torch: the test oracle (in float64), the baseline, and the fallback."""
 
-from hybrid_kernels.reference.activation import bias_activation, gated_activation
-from hybrid_kernels.reference.attention import attention, kv_append, paged_attention, rope
+from hybrid_kernels.reference.activation import activate, bias_activation, gated_activation
+from hybrid_kernels.reference.attention import (
+    attention,
+    kv_append,
+    paged_attention,
+    rope,
+    rope_append,
+)
 from hybrid_kernels.reference.gather import unshard_
 from hybrid_kernels.reference.linear import linear, matmul
 from hybrid_kernels.reference.lora import lora_delta, lora_merge, lora_merge_, lora_unmerge_
@@ -16,6 +22,7 @@ from hybrid_kernels.reference.rlhf import (
 from hybrid_kernels.reference.sampling import kept_threshold, sample, token_logprobs
 
 __all__ = [
+    "activate",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -38,6 +45,7 @@ __all__ = [
     "ppo_value_loss",
     "rms_norm",
     "rope",
+    "rope_append",
     "sample",
     "token_logprobs",
     "unshard_",

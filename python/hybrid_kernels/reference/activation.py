@@ -25,6 +25,11 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return activation(x if bias is None else x + bias, kind)
 
 
+def activate(wide: Tensor, kind: str, gated: bool) -> Tensor:
+    """Either of the two below, without a bias."""
+    return gated_activation(wide, kind) if gated else bias_activation(wide, None, kind)
+
+
 def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     """``act(gate) * up`` for ``gate_up = [gate | up]`` along the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)

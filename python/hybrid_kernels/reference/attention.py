@@ -86,3 +86,19 @@ def kv_append(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
     block, offset = slots // KV_BLOCK, slots % KV_BLOCK
     cache[block, :, 0, offset] = k
     cache[block, :, 1, offset] = v
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Rotates, appends ``k`` and ``v``, and gives ``q``."""
+    q, k = rope(q, k, cos, sin, positions)
+    kv_append(k, v, cache, slots)
+    return q
