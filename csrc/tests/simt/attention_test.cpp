@@ -285,10 +285,9 @@ void test_type() {
     test_rope<T>(2, 1, 8, 0, 0, accuracy);
     test_rope<T>(0, 1, 8, 8, 0, accuracy);
   }
-  test_append<T>(5, 2, 64, 0);
-  test_append<T>(7, 3, 20, 0);
-  test_append<T>(3, 40, 72, 1);
-  test_append<T>(0, 1, 8, 0);
+  const int64_t appends[][4] = {{5, 2, 64, 0}, {7, 3, 20, 0}, {3, 40, 72, 1}, {0, 1, 8, 0}};
+  for (const auto& [rows, heads, dim, shift] : appends) test_append<T>(rows, heads, dim, shift);
+  report_exact(std::string("kv_append ") + kTypeName<T>, static_cast<int>(std::size(appends)));
 }
 
 }  // namespace

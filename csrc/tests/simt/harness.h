@@ -1,4 +1,5 @@
-// What the kernel tests share: arrays at odd addresses full of NaN, seeded numbers, the accuracy rule, the figure printed last.
+// What the kernel tests share: arrays at odd addresses full of NaN, seeded numbers, the accuracy rule, the figures (printed, and
+// written for figures.py).
 //
 // The rule: against the fp64 reference, at most twice the error of the plain torch expression in the same dtype, plus one unit in
 // the last place of the largest result, since the plain expression may hit the exact value by luck. A reference is a template
@@ -93,7 +94,22 @@ constexpr double kUlp = std::is_same_v<T, float> ? 0x1p-23 : std::is_same_v<T, f
 template <typename T>
 constexpr const char* kTypeName = std::is_same_v<T, float> ? "fp32" : std::is_same_v<T, f16> ? "fp16" : "bf16";
 
-// Errors of one kernel over all its cases, relative to the largest exact value of each. The figure leaves out results of fewer than
+// The file that HYBRID_SIMT_FIGURES names, written anew, or nullptr.
+inline std::FILE* figures() {
+  static std::FILE* const file = [] {
+    const char* path = std::getenv("HYBRID_SIMT_FIGURES");
+    return path != nullptr ? std::fopen(path, "w") : nullptr;
+  }();
+  return file;
+}
+
+// Figures of results that equal the reference bit for bit. `kernel`: the operator's name, then what one likes, then the type.
+inline void report_exact(const std::string& kernel, int results) {
+  std::printf("%-28s %4d results, equal bit for bit\n", kernel.c_str(), results);
+  if (figures() != nullptr) std::fprintf(figures(), "results\t%s\t%d\texact\n", kernel.c_str(), results);
+}
+
+// Errors of one kernel (named as in report_exact()) over all its cases, relative to the largest exact value of each. The figure leaves out results of fewer than
 // `least` elements, which may cancel to nearly nothing (the gradient of a norm over one column); they are checked all the same.
 class Accuracy {
  public:
@@ -124,6 +140,7 @@ class Accuracy {
   ~Accuracy() {
     std::printf("%-28s %4d results, worst relative error %.2e (plain expression %.2e)\n", kernel_.c_str(), cases_,
                 worst_, worst_plain_);
+    if (figures() != nullptr) std::fprintf(figures(), "results\t%s\t%d\t%.3e\n", kernel_.c_str(), cases_, worst_);
   }
 
  private:
@@ -177,8 +194,9 @@ void for_each_type(const Fn& fn) {
 
 // The last line of a test program, and its exit code.
 inline int finish_simt(const char* family) {
-  std::printf("%s: %d failures, %llu threads run\n", family, failures,
-              static_cast<unsigned long long>(simt::threads_run()));
+  const auto threads = static_cast<unsigned long long>(simt::threads_run());
+  std::printf("%s: %d failures, %llu threads run\n", family, failures, threads);
+  if (figures() != nullptr) std::fprintf(figures(), "program\t%s\t%d\t%llu\n", family, failures, threads);
   return finish();
 }
 

@@ -1,10 +1,10 @@
 """Breaks the CUDA kernels on purpose, one place at a time, and checks that the tests notice.
 
-A mutant removes one barrier or one wait for asynchronous copies, or widens one bound by one. All
-mutants of a file are compiled into the same test programs, each behind a number that the
-environment variable ``SIMT_MUTANT`` picks, so that a run costs a run and not a compilation. A
-mutant is caught when a test program, built with AddressSanitizer and UndefinedBehaviorSanitizer
-or else with ThreadSanitizer, fails with it.
+A mutant removes one barrier, or one commit of or wait for asynchronous copies, or widens one bound
+by one: a comparison, or the smaller of two lengths. All mutants of a file are compiled into the
+same test programs, each behind a number that the environment variable ``SIMT_MUTANT`` picks, so
+that a run costs a run and not a compilation. A mutant is caught when a test program, built with
+AddressSanitizer and UndefinedBehaviorSanitizer or with ThreadSanitizer, fails with it.
 
 A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the reason::
 
@@ -30,26 +30,29 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
 LISTED = Path(__file__).with_name("equivalent_mutants.txt")
-FAMILIES = (  # test programs: a folder's name, or that and more
-    "norm",
-    "activation",
+FAMILIES = (  # test programs, the quickest first: a folder's name, or that and more
+    "gather",
+    "linear",
     "lora",
     "rlhf",
-    "attention",
+    "activation",
+    "norm",
     "attention_backward",
+    "attention",
     "sampling",
-    "linear",
-    "gather",
 )
 FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
 SANITIZERS = {
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-fsanitize=thread", "-DHYBRID_THREAD_SANITIZER"),
 }
-WAITS = re.compile(r"^(\s*)((?:__syncthreads|__syncwarp|cp_async_wait<\w+>)\([^;]*\);)")
+WAITS = re.compile(r"\b(?:__syncthreads|__syncwarp|cp_async_commit|cp_async_wait<\w+>)\([^;{}]*\);")
 # Binary operators stand between spaces, template brackets do not: clang-format sees to it. A
-# comparison with a fraction compares values, not places.
-BOUNDS = re.compile(r" (<|<=|>=) (?!-?[\d.]*\.\d)")
+# comparison with a fraction or with infinity compares values, not places.
+BOUNDS = re.compile(r" (<|<=|>|>=) (?!-?[\d.]*\.\d|-?INFINITY)")
+SMALLER = re.compile(r"\bsmaller\(")
+# Where a comparison is none that runs.
+NOT_RUN = re.compile(r"\bconstexpr\b|\bstatic_assert\b|^\s*template\b|\boperator\s*[<>]|^\s*#")
 CPU_SECONDS = 120  # for one run: far more than the slowest program takes, whatever else runs
 
 
@@ -72,27 +75,64 @@ class Mutant:
         return (self.file, self.text, self.place)
 
 
+class Numbered:
+    """Numbers for the mutants of a line, in the order in which they are asked for."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.count = first, 0
+
+    def __call__(self) -> str:
+        self.count += 1
+        return f"simt_mutant({self.first + self.count - 1})"
+
+
 def mutate(line: str, first: int) -> tuple[str, int]:
     """The line with every mutant behind its number, the first being ``first``; and their count.
 
-    Widening lets a comparison hold for one more value: ``i < n`` becomes ``i < 1 + n``, and the
-    guard ``i >= n`` becomes ``i + 1 >= n``.
+    Widening lets a comparison hold for one more value: ``i < n`` becomes ``i < 1 + n``, and
+    ``i >= n`` becomes ``i + 1 >= n``; ``smaller(a, b)`` becomes ``(1 + smaller(a, b))``.
     """
     code = line.split("//")[0]
-    if re.search(r"constexpr|static_assert|template|operator|^\s*#", code) and "if" not in code:
-        return line, 0
-    if match := WAITS.match(code):
-        return f"{match[1]}if (!simt_mutant({first})) {match[2]}{line[match.end() :]}", 1
-    count = 0
+    rest = line[len(code) :]
+    number = Numbered(first)
 
     def widen(match: re.Match[str]) -> str:
-        nonlocal count
-        count += 1
-        sign = "-" if match[1] == ">=" else "+"
-        widened = f"simt_mutant({first + count - 1})"
-        return f" {match[1]} {widened} + " if sign == "+" else f" + {widened} {match[1]} "
+        if match[1] in ("<", "<="):
+            return f" {match[1]} {number()} + "
+        return f" + {number()} {match[1]} "
 
-    return BOUNDS.sub(widen, code) + line[len(code) :], count
+    runs = NOT_RUN.search(code) is None
+    code = WAITS.sub(lambda match: f"if (!{number()}) {match[0]}", code)
+    if runs:
+        code = _widen_smaller(BOUNDS.sub(widen, code), number)
+    return code + rest, number.count
+
+
+def _widen_smaller(code: str, number: Numbered) -> str:
+    """Widens every ``smaller(...)`` that ends on the line, from the last to the first."""
+    for match in reversed(list(SMALLER.finditer(code))):
+        depth = 1
+        for end in range(match.end(), len(code)):
+            depth += (code[end] == "(") - (code[end] == ")")
+            if depth == 0:
+                call = code[match.start() : end + 1]
+                code = f"{code[: match.start()]}({number()} + {call}){code[end + 1 :]}"
+                break
+    return code
+
+
+def runs_on_the_host(lines: list[str]) -> list[bool]:
+    """Of each line, whether the test programs have it: not what stands under ``__CUDACC__``."""
+    kept, on_host = [], [True]
+    for line in lines:
+        if line.startswith("#if"):
+            on_host.append(on_host[-1] and not line.startswith("#ifdef __CUDACC__"))
+        elif line.startswith("#else"):
+            on_host[-1] = on_host[-2] and not on_host[-1]
+        elif line.startswith("#endif"):
+            on_host.pop()
+        kept.append(on_host[-1])
+    return kept
 
 
 def write_mutated_sources(build: Path) -> list[Mutant]:
@@ -106,8 +146,9 @@ def write_mutated_sources(build: Path) -> list[Mutant]:
     for path in sorted(tree.rglob("*.cuh")):
         lines = path.read_text().splitlines()
         seen: Counter[str] = Counter()
+        on_host = runs_on_the_host(lines)
         for i, line in enumerate(lines):
-            lines[i], count = mutate(line, len(mutants))
+            lines[i], count = mutate(line, len(mutants)) if on_host[i] else (line, 0)
             text, file = line.strip(), f"csrc/{path.relative_to(tree).as_posix()}"
             for _ in range(count):
                 mutants.append(Mutant(len(mutants), file, i + 1, text, seen[text]))
@@ -169,8 +210,9 @@ def families_of(mutant: Mutant) -> tuple[str, ...]:
 
 
 def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:
-    """The first sanitizer's build that fails, or None."""
-    for sanitizer in SANITIZERS:
+    """The first sanitizer's build that fails, or None. A missing barrier is a race first of all."""
+    likely = ("tsan", "asan") if WAITS.search(mutant.text) else ("asan", "tsan")
+    for sanitizer in likely:
         for family in families_of(mutant):
             if not passes(programs[sanitizer, family], mutant.number):
                 return sanitizer

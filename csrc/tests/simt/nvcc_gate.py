@@ -1,15 +1,16 @@
 """Compiles every CUDA source for every GPU that the library names, and holds the result to a table.
 
 For each kernel and architecture ``ptxas`` says how many registers and bytes of shared memory it
-takes and whether it spills; the machine code says which memory instructions it has. Three checks:
+takes and whether it spills; the machine code says which instructions it has. Three checks:
 
 * no kernel spills a register or keeps an array in local memory;
-* every kernel that ``EXPECTED_CODE`` names has the instructions meant for it (checked where a
-  ``cuobjdump`` is found: beside nvcc, on the PATH, or in an installed triton);
+* every kernel has the instructions that ``MEANT`` names for it, on every architecture (read by a
+  ``cuobjdump``: beside nvcc, on the path, or the one that triton's package carries);
 * registers, shared memory and theoretical occupancy equal ``kernel_resources.csv``, so that a
   change of them is made on purpose: ``--update`` writes the table.
 
-Objects are cached by the content of everything they include. The last line is the figure.
+The table is that of one release of nvcc, which ``constraints.txt`` pins. Objects are cached by the
+content of everything they include. The last line is the figure.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import csv
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -37,28 +41,65 @@ MAX_BLOCKS = {"80": 32, "86": 16, "89": 24, "90": 32, "100": 32}
 SHARED_KIB = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228}
 REGISTERS = 65536
 
-# Kernels whose name contains the key have an instruction that matches: 16-byte loads and stores,
-# matrix instructions of the 16-bit types (the mangled name of a format is its length and itself).
-EXPECTED_CODE = {
-    "norm_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "norm_backward_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "activation": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "lora_merge": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "lora_unmerge": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "22paged_attention_kernelINS_3f16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32"),
-    "22paged_attention_kernelINS_4bf16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "22flash_attention_kernelINS_3f16E": (r"LDGSTS\.E[.\w]*\.128", r"LDSM", r"HMMA\.16816\.F32"),
-    "22flash_attention_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "23attention_grad_q_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "24attention_grad_kv_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "unshard_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "20skinny_linear_kernelINS_3f16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32"),
-    "20skinny_linear_kernelINS_4bf16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "rope_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "kv_append_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "token_logprobs": (r"LDG\.E[.\w]*\.128",),
-    "sample_kernel": (r"LDG\.E[.\w]*\.128",),
+LOADS, STORES = r"\bLDG\.E[.\w]*\.128\b", r"\bSTG\.E[.\w]*\.128\b"  # 16 bytes at a time
+COPIES = r"\bLDGSTS\.E[.\w]*\.128\b"  # cp.async
+MATRICES = r"\bLDSM\b"  # ldmatrix
+F16_PRODUCTS, BF16_PRODUCTS = r"\bHMMA\.16816\.F32 ", r"\bHMMA\.16816\.F32\.BF16 "  # mma.sync
+
+# What the machine code of a kernel must have, by the beginning of its name. Every kernel is here:
+# none of these instructions is meant where a thread reads single numbers.
+MEANT: dict[str, tuple[str, ...]] = {
+    "norm_kernel": (LOADS, STORES),
+    "norm_backward_kernel": (LOADS, STORES),
+    "bias_activation_kernel": (LOADS, STORES),
+    "bias_activation_backward_kernel": (LOADS, STORES),
+    "gated_activation_kernel": (LOADS, STORES),
+    "gated_activation_backward_kernel": (LOADS, STORES),
+    "lora_merge_kernel": (LOADS, STORES),
+    "lora_merge_in_place_kernel": (LOADS, STORES),
+    "lora_unmerge_kernel": (LOADS, STORES),
+    "lora_count_kernel": (LOADS,),
+    "lora_offsets_kernel": (),
+    "lora_restore_kernel": (),
+    "paged_attention_kernel<f16": (LOADS, F16_PRODUCTS),
+    "paged_attention_kernel<bf16": (LOADS, BF16_PRODUCTS),
+    "paged_attention_kernel<float": (LOADS,),
+    "join_attention_kernel": (),
+    "flash_attention_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS, STORES),
+    "flash_attention_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS, STORES),
+    "flash_attention_kernel<float": (LOADS,),
+    "attention_delta_kernel": (LOADS,),
+    "attention_grad_q_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS),
+    "attention_grad_q_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS),
+    "attention_grad_q_kernel<float": (LOADS,),
+    "attention_grad_kv_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS),
+    "attention_grad_kv_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS),
+    "attention_grad_kv_kernel<float": (LOADS,),
+    "rope_kernel": (LOADS, STORES),
+    "kv_append_kernel": (LOADS, STORES),
+    "skinny_linear_kernel<f16": (LOADS, F16_PRODUCTS),
+    "skinny_linear_kernel<bf16": (LOADS, BF16_PRODUCTS),
+    "skinny_linear_kernel<float": (LOADS,),
+    "token_logprobs_kernel": (LOADS,),
+    "token_logprobs_backward_kernel": (LOADS, STORES),
+    "sample_kernel": (LOADS,),
+    "unshard_kernel": (LOADS, STORES),
+    "column_sum_kernel": (),
+    "sum_chunks_kernel": (),
+    "join_chunks_kernel": (),
+    "gae_kernel": (),
+    "masked_whiten_kernel": (),
 }
+
+
+@dataclass
+class Checked:
+    """What one source for one architecture has come to."""
+
+    rows: list[tuple[str, ...]]  # of the table
+    faults: list[str]
+    spilling: int  # kernels
+    instructions: int  # found as meant
 
 
 def load_build_module():
@@ -144,6 +185,12 @@ def find_cuobjdump(nvcc: str) -> str | None:
     return None
 
 
+def version_of(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V([\d.]+)", text)
+    return found[1] if found else "of an unknown release"
+
+
 def launch_bounds(ptx: str) -> dict[str, int]:
     """Threads of a full block, of each kernel: its launch bound."""
     found = re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx)
@@ -192,20 +239,44 @@ def compile_source(
     return records, cubin
 
 
-def missing_instructions(cubin: Path, cuobjdump: str) -> list[str]:
-    """Kernels that lack an instruction which ``EXPECTED_CODE`` wants."""
-    dump = subprocess.run(
-        [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
-    )
+def meant_for(kernel: str) -> tuple[str, ...] | None:
+    for beginning, patterns in MEANT.items():
+        if re.match(re.escape(beginning) + r"(?!\w)", kernel):
+            return patterns
+    return None
+
+
+def missing_instructions(records: list[dict], sm: str, cubin: Path, cuobjdump: str) -> list[str]:
+    """Kernels that lack an instruction which ``MEANT`` names, or are not named there."""
+    command = [cuobjdump, "-sass", str(cubin)]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = dict(part.split("\n", 1) for part in re.split(r"Function : ", dump)[1:])
     missing = []
-    for part in re.split(r"Function : ", dump.stdout)[1:]:
-        mangled, code = part.split("\n", 1)
-        for key, patterns in EXPECTED_CODE.items():
-            if key in mangled:
-                missing += [
-                    f"{mangled}: no {wanted}" for wanted in patterns if not re.search(wanted, code)
-                ]
+    for record in records:
+        kernel, patterns = record["kernel"], meant_for(record["kernel"])
+        if patterns is None:
+            missing.append(f"{kernel}: say in MEANT which instructions it must have")
+        missing += [
+            f"{kernel} sm_{sm}: its machine code has no {wanted}"
+            for wanted in patterns or ()
+            if not re.search(wanted, code[record["mangled"]])
+        ]
     return missing
+
+
+def check(
+    source: Path, sm: str, nvcc: str, cuobjdump: str, build: Path, flags: list[str]
+) -> Checked:
+    records, cubin = compile_source(source, sm, nvcc, flags, build)
+    spilling = [r for r in records if r["spills"] or r["stack"]]
+    faults = [
+        f"{r['kernel']} sm_{sm}: {r['spills']} bytes spilt, {r['stack']} of stack" for r in spilling
+    ]
+    missing = missing_instructions(records, sm, cubin, cuobjdump)
+    meant = sum(len(meant_for(r["kernel"]) or ()) for r in records)
+    return Checked(
+        table_rows(records, sm), faults + missing, len(spilling), max(meant - len(missing), 0)
+    )
 
 
 def table_rows(records: list[dict], sm: str) -> list[tuple[str, ...]]:
@@ -232,42 +303,46 @@ def write_table(rows: list[tuple[str, ...]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder for what is compiled")
-    parser.add_argument("--nvcc", default="nvcc")
+    parser.add_argument("--nvcc", help="by default $CUDA_HOME's, pip's or the path's")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
     parser.add_argument(
         "--update", action="store_true", help="write the table instead of comparing"
     )
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
     build_module = load_build_module()
-    cuobjdump = find_cuobjdump(options.nvcc)
+    nvcc = options.nvcc or build_module.installed_nvcc()
+    if nvcc is None:
+        sys.exit(f"nvcc: {build_module.NO_NVCC}; pip install -c constraints.txt '.[proof]'")
+    cuobjdump = find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        sys.exit("nvcc: no cuobjdump to read the machine code with; pip install triton")
 
-    rows, faults = [], []
-    spilling = 0
-    for sm in build_module.CUDA_ARCHITECTURES:
-        for source in build_module.SPEC.cuda_sources(CSRC):
-            flags = list(build_module.NVCC_FLAGS)
-            records, cubin = compile_source(CSRC / source, sm, options.nvcc, flags, options.build)
-            rows += table_rows(records, sm)
-            for r in records:
-                if r["spills"] or r["stack"]:
-                    spilling += 1
-                    faults.append(
-                        f"{r['kernel']} sm_{sm}: {r['spills']} bytes spilt, {r['stack']} of stack"
-                    )
-            if cuobjdump:
-                faults += missing_instructions(cubin, cuobjdump)
-    rows.sort(key=lambda row: (row[0], int(row[1])))
+    flags = list(build_module.NVCC_FLAGS)
+    sources = [CSRC / source for source in build_module.SPEC.cuda_sources(CSRC)]
+    targets = build_module.CUDA_ARCHITECTURES
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            pool.submit(check, source, sm, nvcc, cuobjdump, options.build, flags)
+            for source in sources
+            for sm in targets
+        ]
+        parts = [job.result() for job in jobs]
+    rows = sorted(
+        (row for part in parts for row in part.rows), key=lambda row: (row[0], int(row[1]))
+    )
     if options.update:
         write_table(rows)
     known = set(read_table())
+    faults = [fault for part in parts for fault in part.faults]
     faults += [f"not in {TABLE.name}: {', '.join(row)}" for row in rows if row not in known]
     faults += [f"only in {TABLE.name}: {', '.join(row)}" for row in sorted(known - set(rows))]
-    print("\n".join(faults))
-    code = "machine code checked" if cuobjdump else "machine code not checked: no cuobjdump"
-    kernels = len({row[0] for row in rows})
-    targets = len(build_module.CUDA_ARCHITECTURES)
+    if faults:
+        print("\n".join(faults))
     print(
-        f"nvcc: {kernels} kernels for {targets} architectures, {spilling} spill, {code}, "
+        f"nvcc {version_of(nvcc)}: {len({row[0] for row in rows})} kernels for {len(targets)} "
+        f"architectures, {sum(part.spilling for part in parts)} spill, "
+        f"{sum(part.instructions for part in parts)} instructions found as meant, "
         f"{len(faults)} faults"
     )
     return 1 if faults else 0
