@@ -4,8 +4,7 @@ For each kernel and architecture ``ptxas`` says how many registers and bytes of 
 takes and whether it spills; the machine code says which instructions it has. Three checks:
 
 * no kernel spills a register or keeps an array in local memory;
-* every kernel has the instructions that ``MEANT`` names for it, on every architecture (read by a
-  ``cuobjdump``: beside nvcc, on the path, or the one that triton's package carries);
+* every kernel has the instructions that ``machine_code.py`` names for it, on every architecture;
 * registers, shared memory and theoretical occupancy equal ``kernel_resources.csv``, so that a
   change of them is made on purpose: ``--update`` writes the table.
 
@@ -20,15 +19,15 @@ import csv
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import machine_code
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
@@ -40,56 +39,6 @@ MAX_THREADS = {"80": 2048, "86": 1536, "89": 1536, "90": 2048, "100": 2048}
 MAX_BLOCKS = {"80": 32, "86": 16, "89": 24, "90": 32, "100": 32}
 SHARED_KIB = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228}
 REGISTERS = 65536
-
-LOADS, STORES = r"\bLDG\.E[.\w]*\.128\b", r"\bSTG\.E[.\w]*\.128\b"  # 16 bytes at a time
-COPIES = r"\bLDGSTS\.E[.\w]*\.128\b"  # cp.async
-MATRICES = r"\bLDSM\b"  # ldmatrix
-F16_PRODUCTS, BF16_PRODUCTS = r"\bHMMA\.16816\.F32 ", r"\bHMMA\.16816\.F32\.BF16 "  # mma.sync
-
-# What the machine code of a kernel must have, by the beginning of its name. Every kernel is here:
-# none of these instructions is meant where a thread reads single numbers.
-MEANT: dict[str, tuple[str, ...]] = {
-    "norm_kernel": (LOADS, STORES),
-    "norm_backward_kernel": (LOADS, STORES),
-    "bias_activation_kernel": (LOADS, STORES),
-    "bias_activation_backward_kernel": (LOADS, STORES),
-    "gated_activation_kernel": (LOADS, STORES),
-    "gated_activation_backward_kernel": (LOADS, STORES),
-    "lora_merge_kernel": (LOADS, STORES),
-    "lora_merge_in_place_kernel": (LOADS, STORES),
-    "lora_unmerge_kernel": (LOADS, STORES),
-    "lora_count_kernel": (LOADS,),
-    "lora_offsets_kernel": (),
-    "lora_restore_kernel": (),
-    "paged_attention_kernel<f16": (LOADS, F16_PRODUCTS),
-    "paged_attention_kernel<bf16": (LOADS, BF16_PRODUCTS),
-    "paged_attention_kernel<float": (LOADS,),
-    "join_attention_kernel": (),
-    "flash_attention_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS, STORES),
-    "flash_attention_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS, STORES),
-    "flash_attention_kernel<float": (LOADS,),
-    "attention_delta_kernel": (LOADS,),
-    "attention_grad_q_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS),
-    "attention_grad_q_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS),
-    "attention_grad_q_kernel<float": (LOADS,),
-    "attention_grad_kv_kernel<f16": (COPIES, MATRICES, F16_PRODUCTS),
-    "attention_grad_kv_kernel<bf16": (COPIES, MATRICES, BF16_PRODUCTS),
-    "attention_grad_kv_kernel<float": (LOADS,),
-    "rope_kernel": (LOADS, STORES),
-    "kv_append_kernel": (LOADS, STORES),
-    "skinny_linear_kernel<f16": (LOADS, F16_PRODUCTS),
-    "skinny_linear_kernel<bf16": (LOADS, BF16_PRODUCTS),
-    "skinny_linear_kernel<float": (LOADS,),
-    "token_logprobs_kernel": (LOADS,),
-    "token_logprobs_backward_kernel": (LOADS, STORES),
-    "sample_kernel": (LOADS,),
-    "unshard_kernel": (LOADS, STORES),
-    "column_sum_kernel": (),
-    "sum_chunks_kernel": (),
-    "join_chunks_kernel": (),
-    "gae_kernel": (),
-    "masked_whiten_kernel": (),
-}
 
 
 @dataclass
@@ -110,6 +59,9 @@ def load_build_module():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+build = load_build_module()
 
 
 def included_files(source: Path, seen: set[Path] | None = None) -> set[Path]:
@@ -171,20 +123,6 @@ def parse_ptxas(log: str) -> list[dict[str, str | int]]:
     return records
 
 
-def find_cuobjdump(nvcc: str) -> str | None:
-    beside = Path(nvcc).resolve().with_name("cuobjdump")
-    if beside.is_file():
-        return str(beside)
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if carried.is_file():
-            return str(carried)
-    return None
-
-
 def version_of(nvcc: str) -> str:
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"V([\d.]+)", text)
@@ -211,13 +149,11 @@ def occupancy(sm: str, threads: int, registers: int, shared: int) -> float:
     return blocks * threads / MAX_THREADS[sm]
 
 
-def compile_source(
-    source: Path, sm: str, nvcc: str, flags: list[str], build: Path
-) -> tuple[list, Path]:
+def compile_source(source: Path, sm: str, nvcc: str, folder: Path) -> tuple[list, Path]:
     """Records of a source's kernels on one architecture, and its machine code; from the cache where
     nothing changed."""
-    command = [nvcc, *flags, "-arch", f"sm_{sm}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
-    stem = build / f"{source.stem}.sm_{sm}.{content_key(source, command)}"
+    command = [nvcc, *build.NVCC_FLAGS, "-arch", f"sm_{sm}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
+    stem = folder / f"{source.stem}.sm_{sm}.{content_key(source, command)}"
     report, cubin = Path(f"{stem}.json"), Path(f"{stem}.cubin")
     if report.is_file() and cubin.is_file():
         return json.loads(report.read_text()), cubin
@@ -239,41 +175,14 @@ def compile_source(
     return records, cubin
 
 
-def meant_for(kernel: str) -> tuple[str, ...] | None:
-    for beginning, patterns in MEANT.items():
-        if re.match(re.escape(beginning) + r"(?!\w)", kernel):
-            return patterns
-    return None
-
-
-def missing_instructions(records: list[dict], sm: str, cubin: Path, cuobjdump: str) -> list[str]:
-    """Kernels that lack an instruction which ``MEANT`` names, or are not named there."""
-    command = [cuobjdump, "-sass", str(cubin)]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    code = dict(part.split("\n", 1) for part in re.split(r"Function : ", dump)[1:])
-    missing = []
-    for record in records:
-        kernel, patterns = record["kernel"], meant_for(record["kernel"])
-        if patterns is None:
-            missing.append(f"{kernel}: say in MEANT which instructions it must have")
-        missing += [
-            f"{kernel} sm_{sm}: its machine code has no {wanted}"
-            for wanted in patterns or ()
-            if not re.search(wanted, code[record["mangled"]])
-        ]
-    return missing
-
-
-def check(
-    source: Path, sm: str, nvcc: str, cuobjdump: str, build: Path, flags: list[str]
-) -> Checked:
-    records, cubin = compile_source(source, sm, nvcc, flags, build)
+def check(source: Path, sm: str, nvcc: str, cuobjdump: str, folder: Path) -> Checked:
+    records, cubin = compile_source(source, sm, nvcc, folder)
     spilling = [r for r in records if r["spills"] or r["stack"]]
     faults = [
         f"{r['kernel']} sm_{sm}: {r['spills']} bytes spilt, {r['stack']} of stack" for r in spilling
     ]
-    missing = missing_instructions(records, sm, cubin, cuobjdump)
-    meant = sum(len(meant_for(r["kernel"]) or ()) for r in records)
+    missing = machine_code.missing_instructions(records, sm, cubin, cuobjdump)
+    meant = sum(len(machine_code.meant_for(r["kernel"]) or ()) for r in records)
     return Checked(
         table_rows(records, sm), faults + missing, len(spilling), max(meant - len(missing), 0)
     )
@@ -300,48 +209,54 @@ def write_table(rows: list[tuple[str, ...]]) -> None:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
+def find_tools(nvcc: str | None) -> tuple[str, str]:
+    """nvcc and cuobjdump, or an exit that says how to get them."""
+    nvcc = nvcc or build.installed_nvcc()
+    if nvcc is None:
+        sys.exit(f"nvcc: {build.NO_NVCC}; pip install -c constraints.txt '.[proof]'")
+    cuobjdump = machine_code.find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        sys.exit("nvcc: no cuobjdump to read the machine code with; pip install triton")
+    return nvcc, cuobjdump
+
+
+def check_all(nvcc: str, cuobjdump: str, folder: Path, jobs: int) -> list[Checked]:
+    sources = [CSRC / source for source in build.SPEC.cuda_sources(CSRC)]
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(check, source, sm, nvcc, cuobjdump, folder)
+            for source in sources
+            for sm in build.CUDA_ARCHITECTURES
+        ]
+        return [job.result() for job in running]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder for what is compiled")
     parser.add_argument("--nvcc", help="by default $CUDA_HOME's, pip's or the path's")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once")
+    parser.add_argument("--jobs", type=int, default=build.usable_cores(), help="compilers at once")
     parser.add_argument(
         "--update", action="store_true", help="write the table instead of comparing"
     )
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
-    build_module = load_build_module()
-    nvcc = options.nvcc or build_module.installed_nvcc()
-    if nvcc is None:
-        sys.exit(f"nvcc: {build_module.NO_NVCC}; pip install -c constraints.txt '.[proof]'")
-    cuobjdump = find_cuobjdump(nvcc)
-    if cuobjdump is None:
-        sys.exit("nvcc: no cuobjdump to read the machine code with; pip install triton")
-
-    flags = list(build_module.NVCC_FLAGS)
-    sources = [CSRC / source for source in build_module.SPEC.cuda_sources(CSRC)]
-    targets = build_module.CUDA_ARCHITECTURES
-    with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = [
-            pool.submit(check, source, sm, nvcc, cuobjdump, options.build, flags)
-            for source in sources
-            for sm in targets
-        ]
-        parts = [job.result() for job in jobs]
-    rows = sorted(
-        (row for part in parts for row in part.rows), key=lambda row: (row[0], int(row[1]))
-    )
+    nvcc, cuobjdump = find_tools(options.nvcc)
+    parts = check_all(nvcc, cuobjdump, options.build, options.jobs)
+    rows = [row for part in parts for row in part.rows]
+    rows.sort(key=lambda row: (row[0], int(row[1])))
     if options.update:
         write_table(rows)
     known = set(read_table())
     faults = [fault for part in parts for fault in part.faults]
     faults += [f"not in {TABLE.name}: {', '.join(row)}" for row in rows if row not in known]
     faults += [f"only in {TABLE.name}: {', '.join(row)}" for row in sorted(known - set(rows))]
-    if faults:
-        print("\n".join(faults))
+    for fault in faults:
+        print(fault)
     print(
-        f"nvcc {version_of(nvcc)}: {len({row[0] for row in rows})} kernels for {len(targets)} "
-        f"architectures, {sum(part.spilling for part in parts)} spill, "
+        f"nvcc {version_of(nvcc)}: {len({row[0] for row in rows})} kernels for "
+        f"{len(build.CUDA_ARCHITECTURES)} architectures, "
+        f"{sum(part.spilling for part in parts)} spill, "
         f"{sum(part.instructions for part in parts)} instructions found as meant, "
         f"{len(faults)} faults"
     )
