@@ -158,19 +158,22 @@ struct GridCase {
   }
 };
 
-// Whether the slow, instrumented builds run a part of the grid only: HYBRID_SIMT_GRID=full asks for all.
-inline bool full_grid() {
-  const char* grid = std::getenv("HYBRID_SIMT_GRID");
-  return grid != nullptr && std::strcmp(grid, "full") == 0;
+inline bool is_set_to(const char* variable, const char* value) {
+  const char* set = std::getenv(variable);
+  return set != nullptr && std::strcmp(set, value) == 0;
 }
 
-// Runs fn in every order of threads and blocks; the results that it returns must not differ by a bit. ThreadSanitizer, which knows
-// what is ordered and what is not, needs one order only.
+// Whether the slow, instrumented builds run a part of the grid only: HYBRID_SIMT_GRID=full asks for all.
+inline bool full_grid() { return is_set_to("HYBRID_SIMT_GRID", "full"); }
+
+// Runs fn in every order of threads and blocks; the results that it returns must not differ by a bit. One order is enough for
+// ThreadSanitizer, which knows what is ordered and what is not, and for who asks by HYBRID_SIMT_ORDERS=one.
 template <typename Fn>
 auto in_every_order([[maybe_unused]] const std::string& what, const Fn& fn) {
   simt::order = simt::Order::kForward;
   auto first = fn();
 #if !defined(HYBRID_THREAD_SANITIZER)
+  if (is_set_to("HYBRID_SIMT_ORDERS", "one")) return first;
   for (const simt::Order order : {simt::Order::kBackward, simt::Order::kShuffled}) {
     simt::order = order;
     const auto again = fn();

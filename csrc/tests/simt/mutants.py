@@ -3,8 +3,8 @@
 A mutant removes one barrier, or one commit of or wait for asynchronous copies, or widens one bound
 by one: a comparison, or the smaller of two lengths. All mutants of a file are compiled into the
 same test programs, each behind a number that the environment variable ``SIMT_MUTANT`` picks, so
-that a run costs a run and not a compilation. A mutant is caught when a test program, built with
-AddressSanitizer and UndefinedBehaviorSanitizer or with ThreadSanitizer, fails with it.
+that a run costs a run and not a compilation. A mutant is caught when a test program fails with it,
+built plainly, with AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer.
 
 A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the reason::
 
@@ -17,6 +17,7 @@ a mutant is neither caught nor listed, or a listed one is caught after all.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -30,23 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
+SIMT = Path(__file__).resolve().parent
 LISTED = Path(__file__).with_name("equivalent_mutants.txt")
-FAMILIES = (  # test programs, the quickest first: a folder's name, or that and more
-    "gather",
-    "linear",
-    "lora",
-    "rlhf",
-    "activation",
-    "norm",
-    "attention_backward",
-    "attention",
-    "sampling",
-)
-FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
-SANITIZERS = {
+QUICK_FIRST = ("gather", "linear", "lora", "rlhf", "activation", "norm", "attention_backward")
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-w")
+FLAVOURS = {
+    "plain": (),
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-fsanitize=thread", "-DHYBRID_THREAD_SANITIZER"),
 }
+BARRIERS = re.compile(r"\b__sync(?:threads|warp)\(")
 WAITS = re.compile(r"\b(?:__syncthreads|__syncwarp|cp_async_commit|cp_async_wait<\w+>)\([^;{}]*\);")
 # Binary operators stand between spaces, template brackets do not: clang-format sees to it. A
 # comparison with a fraction or with infinity compares values, not places; a halving that goes on at
@@ -142,7 +136,7 @@ def write_mutated_sources(build: Path) -> list[Mutant]:
     tree = build / "csrc"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(CSRC, tree, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "*.py", "*.csv"))
-    for source in (CSRC / "tests" / "simt").glob("*.cpp"):
+    for source in SIMT.glob("*.cpp"):
         shutil.copyfile(source, tree / "tests" / "simt" / source.name)
     mutants: list[Mutant] = []
     for path in sorted(tree.rglob("*.cuh")):
@@ -168,41 +162,40 @@ def write_mutated_sources(build: Path) -> list[Mutant]:
 def build_programs(
     build: Path, cxx: list[str], families: set[str], pool: ThreadPoolExecutor
 ) -> dict[tuple[str, str], Path]:
-    """The test program of every (sanitizer, family)."""
+    """The test program of every (flavour, family)."""
     tree = build / "csrc"
 
-    def compile_one(sanitizer: str, name: str, flags: tuple[str, ...]) -> Path:
-        source, to = tree / "tests" / "simt" / f"{name}.cpp", build / f"{name}.{sanitizer}.o"
+    def compile_one(flavour: str, name: str, flags: tuple[str, ...]) -> Path:
+        source, to = tree / "tests" / "simt" / f"{name}.cpp", build / f"{name}.{flavour}.o"
         command = [*cxx, *FLAGS, *flags, f"-I{tree}", "-c", str(source), "-o", str(to)]
         subprocess.run(command, check=True)
         return to
 
     runners, tests = {}, {}
-    for sanitizer, flags in SANITIZERS.items():
-        runner_flags = flags if sanitizer == "asan" else flags[1:]  # see CMakeLists.txt
-        runners[sanitizer] = [
-            pool.submit(compile_one, sanitizer, name, runner_flags) for name in ("fiber", "runner")
+    for flavour, flags in FLAVOURS.items():
+        runner_flags = flags[1:] if flavour == "tsan" else flags  # see CMakeLists.txt
+        runners[flavour] = [
+            pool.submit(compile_one, flavour, name, runner_flags) for name in ("fiber", "runner")
         ]
+        test_flags = (*flags, "-include", "mutant.h")
         for family in families:
-            flags_of_test = (*flags, "-include", "mutant.h")
-            tests[sanitizer, family] = pool.submit(
-                compile_one, sanitizer, f"{family}_test", flags_of_test
-            )
+            tests[flavour, family] = pool.submit(compile_one, flavour, f"{family}_test", test_flags)
     programs = {}
-    for (sanitizer, family), test in tests.items():
-        objects = [str(job.result()) for job in (test, *runners[sanitizer])]
-        programs[sanitizer, family] = build / f"{family}.{sanitizer}"
-        link = [*cxx, SANITIZERS[sanitizer][0], *objects, "-o", str(programs[sanitizer, family])]
+    for (flavour, family), test in tests.items():
+        objects = [str(job.result()) for job in (test, *runners[flavour])]
+        programs[flavour, family] = build / f"{family}.{flavour}"
+        link = [*cxx, *FLAVOURS[flavour][:1], *objects, "-o", str(programs[flavour, family])]
         subprocess.run(link, check=True)
     return programs
 
 
-def passes(program: Path, mutant: int) -> bool:
+def passes(program: Path, mutant: int, orders: str = "all") -> bool:
     """Whether the test program ends well with this mutant (-1 for none)."""
     environment = {
         **os.environ,
         "SIMT_MUTANT": str(mutant),
         "HYBRID_TEST_FAIL_FAST": "1",
+        "HYBRID_SIMT_ORDERS": orders,
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
@@ -211,20 +204,45 @@ def passes(program: Path, mutant: int) -> bool:
     return run.returncode == 0
 
 
-def families_of(mutant: Mutant) -> tuple[str, ...]:
-    """The test programs that may notice: a common header is everybody's."""
-    folder = mutant.file.split("/")[1]
-    own = tuple(name for name in FAMILIES if name == folder or name.startswith(f"{folder}_"))
-    return own or FAMILIES
+@functools.cache
+def included_by(family: str) -> frozenset[str]:
+    """The files that a test program includes, however deep, relative to the repository."""
+    seen, new = set(), {SIMT / f"{family}_test.cpp"}
+    while new:
+        seen |= new
+        names = {
+            name
+            for path in new
+            for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        }
+        new = {CSRC / name for name in names} - seen
+    return frozenset(path.relative_to(CSRC.parent).as_posix() for path in seen)
+
+
+@functools.cache
+def all_families() -> list[str]:
+    """The test programs, those first that take the least time."""
+    found = (path.name.removesuffix("_test.cpp") for path in SIMT.glob("*_test.cpp"))
+    order = {name: i for i, name in enumerate(QUICK_FIRST)}
+    return sorted(set(found) - {"runner"}, key=lambda name: (order.get(name, len(order)), name))
+
+
+def families_of(mutant: Mutant) -> list[str]:
+    """The test programs that have it."""
+    return [family for family in all_families() if mutant.file in included_by(family)]
 
 
 def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:
-    """The first sanitizer's build that fails, or None. A missing barrier is a race first of all."""
-    likely = ("tsan", "asan") if WAITS.search(mutant.text) else ("asan", "tsan")
-    for sanitizer in likely:
+    """The first flavour that fails, or None; the likelier and the quicker come first.
+
+    A missing barrier is a race, which may show in one order of threads only; all else shows in any.
+    """
+    unordered = BARRIERS.search(mutant.text) is not None
+    orders = "all" if unordered else "one"
+    for flavour in ("plain", "tsan", "asan") if unordered else ("plain", "asan", "tsan"):
         for family in families_of(mutant):
-            if not passes(programs[sanitizer, family], mutant.number):
-                return sanitizer
+            if not passes(programs[flavour, family], mutant.number, orders):
+                return flavour
     return None
 
 
@@ -245,10 +263,10 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="programs at once"
     )
-    parser.add_argument("--only", default="", help="only files whose path contains this")
+    parser.add_argument("--only", default="", help="only those that match this regular expression")
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
-    mutants = [m for m in write_mutated_sources(options.build) if options.only in m.file]
+    mutants = [m for m in write_mutated_sources(options.build) if re.search(options.only, str(m))]
     families = {family for mutant in mutants for family in families_of(mutant)}
     with ThreadPoolExecutor(options.jobs) as pool:
         programs = build_programs(options.build, shlex.split(options.cxx), families, pool)
@@ -264,17 +282,17 @@ def report(mutants: list[Mutant], verdicts: Iterable[str | None]) -> int:
     """Prints what is wrong as it comes, and the figure; returns the exit code."""
     listed = listed_equivalents()
     caught, equivalent, wrong = 0, 0, 0
-    for mutant, sanitizer in zip(mutants, verdicts, strict=True):
-        if sanitizer is None and mutant.key in listed:
+    for mutant, flavour in zip(mutants, verdicts, strict=True):
+        if flavour is None and mutant.key in listed:
             equivalent += 1
-        elif sanitizer is None:
+        elif flavour is None:
             wrong += 1
             print(f"SURVIVED {mutant}", flush=True)
         else:
             caught += 1
             if mutant.key in listed:
                 wrong += 1
-                print(f"LISTED AS EQUIVALENT, but caught ({sanitizer}) {mutant}", flush=True)
+                print(f"LISTED AS EQUIVALENT, but caught ({flavour}) {mutant}", flush=True)
     print(f"mutants: {len(mutants)}, caught {caught}, equivalent {equivalent}, unexplained {wrong}")
     return 1 if wrong else 0
 
