@@ -260,6 +260,7 @@ void test_type() {
       {1, 1, 8, {{1, 1}, {0, 0}, {65, 65}}},
       {3, 1, 72, {{66, 66}, {5, 5}}, 0, true},
       {2, 2, 20, {{63, 63}, {9, 9}}, 7, false, 1},
+      {1, 1, 17, {{5, 5}}},
   };
   if (full_grid()) {
     const std::vector<AttentionCase> more = {
