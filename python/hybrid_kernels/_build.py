@@ -12,6 +12,7 @@ compiled with ``-march=native``: the same binary serves every x86-64 processor.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -184,8 +185,8 @@ def build_mode() -> str:
 def find_nvcc() -> str | None:
     """nvcc where the library gets CUDA kernels, None where it does not.
 
-    By default it gets them if torch runs on CUDA and nvcc is there, in ``$CUDA_HOME`` or on the
-    path. ``HYBRID_KERNELS_BUILD=cpu`` leaves them out; ``cuda`` compiles them for any torch, and a
+    By default it gets them if torch runs on CUDA and nvcc is there (`installed_nvcc`).
+    ``HYBRID_KERNELS_BUILD=cpu`` leaves them out; ``cuda`` compiles them for any torch, and a
     missing nvcc is a `BuildError`.
     """
     import torch
@@ -193,12 +194,43 @@ def find_nvcc() -> str | None:
     mode = build_mode()
     if mode == "cpu" or (mode != "cuda" and torch.version.cuda is None):
         return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    nvcc = installed_nvcc()
     if nvcc is None and mode == "cuda":
-        where = f"{home}/bin" if home else "the path; set CUDA_HOME"
-        raise BuildError(f"HYBRID_KERNELS_BUILD=cuda needs nvcc, which is not in {where}")
+        raise BuildError(f"HYBRID_KERNELS_BUILD=cuda needs nvcc: {NO_NVCC}")
     return nvcc
+
+
+NO_NVCC = (
+    "there is none in $CUDA_HOME/bin, among this Python's packages (nvidia-cuda-nvcc, nvidia-nvvm, "
+    "nvidia-cuda-crt, nvidia-cuda-runtime, nvidia-cuda-cccl) or on the path"
+)
+
+
+def installed_nvcc() -> str | None:
+    """nvcc in ``$CUDA_HOME`` where that is set; else pip's, which has this environment's version;
+    else the one on the path."""
+    if home := os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=f"{home}/bin")
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in (nvidia and nvidia.submodule_search_locations) or ():
+        for nvcc in sorted(Path(folder).glob("cu*/bin/nvcc")):
+            if (nvcc.parents[1] / "nvvm" / "bin" / "cicc").is_file():  # a package of its own
+                return str(nvcc)
+    return shutil.which("nvcc")
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """The GPUs compiled for: ``HYBRID_KERNELS_CUDA_ARCHITECTURES``, such as ``80,90``, or all."""
+    asked = os.environ.get("HYBRID_KERNELS_CUDA_ARCHITECTURES")
+    if not asked:
+        return CUDA_ARCHITECTURES
+    chosen = tuple(sm.strip() for sm in asked.split(","))
+    if unknown := set(chosen) - set(CUDA_ARCHITECTURES):
+        raise ValueError(
+            f"HYBRID_KERNELS_CUDA_ARCHITECTURES={asked}: the kernels are written for "
+            f"{', '.join(CUDA_ARCHITECTURES)}, not for {', '.join(sorted(unknown))}"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -271,6 +303,7 @@ class Toolchain:
         dry = subprocess.run([self.nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
         found = re.search(r"^#\$ LIBRARIES=(.*)", dry.stderr, re.MULTILINE)
         folders = shlex.split(found[1].replace('"', "")) if found else []
+        folders.append(f"-L{Path(self.nvcc).resolve().parents[1] / 'lib'}")  # pip's has no lib64
         return (*folders, "-lcudart_static", "-lrt", "-lpthread", "-ldl")
 
 
@@ -278,7 +311,8 @@ def binary_key(csrc: Path, torch_version: str, cuda: bool = False) -> str:
     """Names the binary that these sources give for this torch and Python: 16 hex digits."""
     digest = hashlib.sha256()
     abi = sysconfig.get_config_var("EXT_SUFFIX") or ""
-    for part in (torch_version, f"cuda={cuda}", abi, *FLAGS, *WARNINGS, *NVCC_FLAGS):
+    gpus = f"cuda={','.join(cuda_architectures()) if cuda else ''}"
+    for part in (torch_version, gpus, abi, *FLAGS, *WARNINGS, *NVCC_FLAGS):
         digest.update(part.encode() + b"\0")
     for isa in target_isas():
         digest.update(" ".join((isa.name, *isa.flags)).encode() + b"\0")
@@ -320,14 +354,15 @@ def write_ninja(csrc: Path, build_dir: Path, tools: Toolchain) -> Path:
 
 
 def _cuda_rule(csrc: Path, tools: Toolchain) -> list[str]:
-    """Machine code for every GPU named above that this nvcc knows, and PTX of the last for later
+    """Machine code for every GPU asked for that this nvcc knows, and PTX of the last for later
     ones."""
     if tools.nvcc is None:
         return []
     asked = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True)
-    known = [sm for sm in CUDA_ARCHITECTURES if f"sm_{sm}" in asked.stdout.split()]
+    wanted = cuda_architectures()
+    known = [sm for sm in wanted if f"sm_{sm}" in asked.stdout.split()]
     if not known:
-        raise BuildError(f"{tools.nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
+        raise BuildError(f"{tools.nvcc} compiles for none of sm_{', sm_'.join(wanted)}")
     codes = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in known]
     codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
     flags = " ".join((*NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", *codes))

@@ -6,7 +6,8 @@
     CACHE/<configuration>/objects/       ninja's folder: an edit rebuilds its own objects only
     CACHE/<configuration>/<key>/_C.so    finished libraries, by the content of their sources
 
-A configuration is a source tree, a torch, a Python and a compiler.
+A configuration is a source tree, a torch, a Python and a compiler; with CUDA kernels or without,
+the other objects are the same.
 """
 
 from __future__ import annotations
@@ -66,7 +67,6 @@ def configuration(csrc: Path, tools: Toolchain) -> str:
         tools.cxx_version,
         tools.torch_version,
         str(tools.torch_root),
-        str(tools.nvcc),
         sys.version,
     )
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]

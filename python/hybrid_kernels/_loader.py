@@ -1,12 +1,14 @@
 """Finds the native library: built ahead of time, else built now into a user cache, else absent.
 
-Environment variables (these five are all that the kernel library reads):
+Environment variables (these six are all that the kernel library reads):
 
 ``HYBRID_KERNELS_BUILD``
     ``auto`` (default), ``cpu`` and ``cuda`` allow a build at first use, ``none`` forbids it.
     ``auto`` compiles the CUDA kernels where torch runs on CUDA and nvcc is found, ``cpu`` leaves
     them out, ``cuda`` insists on them. In ``setup.py``, ``cpu`` and ``cuda`` also make a build
     ahead of time obligatory.
+``HYBRID_KERNELS_CUDA_ARCHITECTURES``
+    The GPUs to compile for, such as ``80,90``: all of 80, 86, 89, 90 and 100 by default.
 ``HYBRID_KERNELS_REQUIRE_NATIVE``
     ``1`` makes it an error when the native library, or a native kernel for given tensors, is
     missing.

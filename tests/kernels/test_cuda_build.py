@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-from hybrid_kernels._build import find_csrc
+from hybrid_kernels._build import NO_NVCC, find_csrc, installed_nvcc
 
 COUNT = """
 import torch
@@ -38,7 +37,7 @@ def test_every_operator_has_a_cuda_implementation() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+@pytest.mark.skipif(installed_nvcc() is None, reason=NO_NVCC)
 def test_the_extension_compiles_links_and_registers_its_cuda_kernels() -> None:
     environment = {
         **os.environ,

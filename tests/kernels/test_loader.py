@@ -74,8 +74,47 @@ def test_nvcc_is_asked_for_where_torch_or_the_user_wants_it(
     wanted = {(None, "cuda"), ("13.0", "auto"), ("13.0", "cuda")}
     assert {case for case, is_found in found.items() if is_found} == wanted
     nvcc.unlink()
-    with pytest.raises(_build.BuildError, match="needs nvcc, which is not in"):
+    with pytest.raises(_build.BuildError, match="needs nvcc: there is none in"):
         _build.find_nvcc()
+
+
+def test_nvcc_is_taken_from_cuda_home_then_pip_then_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def install(folder: Path, name: str = "nvcc") -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+        return str(folder / name)
+
+    site, home = tmp_path / "site", tmp_path / "home"
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    on_path = install(tmp_path / "system")
+    of_pip = install(site / "nvidia" / "cu13" / "bin")
+    assert _build.installed_nvcc() == on_path  # pip's has no cicc: a part of something else
+    install(site / "nvidia" / "cu13" / "nvvm" / "bin", "cicc")
+    assert _build.installed_nvcc() == of_pip
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert _build.installed_nvcc() is None
+    of_home = install(home / "bin")
+    assert _build.installed_nvcc() == of_home
+
+
+def test_the_gpus_compiled_for_can_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, tiny_csrc: Path
+) -> None:
+    monkeypatch.delenv("HYBRID_KERNELS_CUDA_ARCHITECTURES", raising=False)
+    assert _build.cuda_architectures() == _build.CUDA_ARCHITECTURES
+    keys = [_build.binary_key(tiny_csrc, "2.13.0", cuda) for cuda in (False, True)]
+    monkeypatch.setenv("HYBRID_KERNELS_CUDA_ARCHITECTURES", "80, 90")
+    assert _build.cuda_architectures() == ("80", "90")
+    assert _build.binary_key(tiny_csrc, "2.13.0") == keys[0]
+    assert _build.binary_key(tiny_csrc, "2.13.0", cuda=True) != keys[1]
+    monkeypatch.setenv("HYBRID_KERNELS_CUDA_ARCHITECTURES", "75")
+    with pytest.raises(ValueError, match="written for 80, .*, not for 75"):
+        _build.cuda_architectures()
 
 
 def test_other_processors_get_the_generic_copy_only() -> None:

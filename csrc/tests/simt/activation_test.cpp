@@ -227,8 +227,8 @@ void test_type() {
   for (int kind = 0; kind < 4; ++kind) {
     test_extremes<T>(kind);
     const std::string suffix = std::string(" ") + kKindNames[kind] + " " + kTypeName<T>;
-    Accuracy bias("bias" + suffix), bias_backward("bias_backward" + suffix);
-    Accuracy gated("gated" + suffix), gated_backward("gated_backward" + suffix);
+    Accuracy bias("bias_activation" + suffix), bias_backward("bias_activation_backward" + suffix);
+    Accuracy gated("gated_activation" + suffix), gated_backward("gated_activation_backward" + suffix);
     for (const GridCase& g : grid) {
       const Case<T> c(g, kind);
       for (const bool with_bias : {false, true}) test_bias(c, with_bias, bias, bias_backward);

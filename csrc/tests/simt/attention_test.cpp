@@ -340,7 +340,7 @@ void test_type() {
       {1, 1, 8, {{1, 1}, {63, 1}, {65, 2}, {2, 0}}},
       {6, 2, 72, {{64, 1}, {257, 1}}},
       {4, 1, 20, {{70, 5}, {3, 3}}, 0, true},
-      {3, 1, 24, {{330, 2}}, 70},
+      {3, 1, 24, {{330, 2}}, 74},  // of the first chunk, the last key only
       {20, 1, 16, {{66, 2}, {1, 1}}, 0, true, 1},
       {6, 2, 24, {{300, 1}, {256, 1}, {270, 1}, {258, 1}, {260, 1}, {290, 1}, {257, 2}}, 0, true, 0, {0, 4, 4, 4, 4, 4, 4}},
   };
@@ -365,6 +365,7 @@ void test_type() {
       {1, 1, 8, {{1, 1}, {0, 0}, {65, 65}}},
       {3, 1, 72, {{66, 66}, {5, 5}}, 0, true},
       {2, 2, 20, {{63, 63}, {9, 9}}, 7, false, 1},
+      {1, 1, 17, {{5, 5}}},
   };
   if (full_grid()) {
     const std::vector<AttentionCase> more = {
@@ -390,10 +391,9 @@ void test_type() {
     test_rope<T>(2, 1, 8, 0, 0, accuracy);
     test_rope<T>(0, 1, 8, 8, 0, accuracy);
   }
-  test_append<T>(5, 2, 64, 0);
-  test_append<T>(7, 3, 20, 0);
-  test_append<T>(3, 40, 72, 1);
-  test_append<T>(0, 1, 8, 0);
+  const int64_t appends[][4] = {{5, 2, 64, 0}, {7, 3, 20, 0}, {3, 40, 72, 1}, {0, 1, 8, 0}};
+  for (const auto& [rows, heads, dim, shift] : appends) test_append<T>(rows, heads, dim, shift);
+  report_exact(std::string("kv_append ") + kTypeName<T>, static_cast<int>(std::size(appends)));
   Accuracy accuracy(std::string("rope_append ") + kTypeName<T>);
   test_rope_append<T>(5, 3, 1, 64, 64, 0, accuracy);
   test_rope_append<T>(3, 4, 2, 64, 32, 0, accuracy);

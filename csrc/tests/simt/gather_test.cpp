@@ -80,6 +80,6 @@ void test_all() {
 
 int main() {
   hybrid::testing::test_all();
-  std::printf("%-28s %4d results, equal bit for bit\n", "unshard_", hybrid::testing::results);
+  hybrid::testing::report_exact("unshard_", hybrid::testing::results);
   return hybrid::testing::finish_simt("gather");
 }

@@ -1,4 +1,5 @@
-// What the kernel tests share: arrays at odd addresses full of NaN, seeded numbers, the accuracy rule, the figure printed last.
+// What the kernel tests share: arrays at odd addresses full of NaN, seeded numbers, the accuracy rule, the figures (printed, and
+// written for figures.py).
 //
 // The rule: against the fp64 reference, at most twice the error of the plain torch expression in the same dtype, plus one unit in
 // the last place of the largest result, since the plain expression may hit the exact value by luck. A reference is a template
@@ -93,7 +94,22 @@ constexpr double kUlp = std::is_same_v<T, float> ? 0x1p-23 : std::is_same_v<T, f
 template <typename T>
 constexpr const char* kTypeName = std::is_same_v<T, float> ? "fp32" : std::is_same_v<T, f16> ? "fp16" : "bf16";
 
-// Errors of one kernel over all its cases, relative to the largest exact value of each. The figure leaves out results of fewer than
+// The file that HYBRID_SIMT_FIGURES names, written anew, or nullptr.
+inline std::FILE* figures() {
+  static std::FILE* const file = [] {
+    const char* path = std::getenv("HYBRID_SIMT_FIGURES");
+    return path != nullptr ? std::fopen(path, "w") : nullptr;
+  }();
+  return file;
+}
+
+// Figures of results that equal the reference bit for bit. `kernel`: the operator's name, then what one likes, then the type.
+inline void report_exact(const std::string& kernel, int results) {
+  std::printf("%-28s %4d results, equal bit for bit\n", kernel.c_str(), results);
+  if (figures() != nullptr) std::fprintf(figures(), "results\t%s\t%d\texact\n", kernel.c_str(), results);
+}
+
+// Errors of one kernel (named as in report_exact()) over all its cases, relative to the largest exact value of each. The figure leaves out results of fewer than
 // `least` elements, which may cancel to nearly nothing (the gradient of a norm over one column); they are checked all the same.
 class Accuracy {
  public:
@@ -124,6 +140,7 @@ class Accuracy {
   ~Accuracy() {
     std::printf("%-28s %4d results, worst relative error %.2e (plain expression %.2e)\n", kernel_.c_str(), cases_,
                 worst_, worst_plain_);
+    if (figures() != nullptr) std::fprintf(figures(), "results\t%s\t%d\t%.3e\n", kernel_.c_str(), cases_, worst_);
   }
 
  private:
@@ -141,19 +158,22 @@ struct GridCase {
   }
 };
 
-// Whether the slow, instrumented builds run a part of the grid only: HYBRID_SIMT_GRID=full asks for all.
-inline bool full_grid() {
-  const char* grid = std::getenv("HYBRID_SIMT_GRID");
-  return grid != nullptr && std::strcmp(grid, "full") == 0;
+inline bool is_set_to(const char* variable, const char* value) {
+  const char* set = std::getenv(variable);
+  return set != nullptr && std::strcmp(set, value) == 0;
 }
 
-// Runs fn in every order of threads and blocks; the results that it returns must not differ by a bit. ThreadSanitizer, which knows
-// what is ordered and what is not, needs one order only.
+// Whether the slow, instrumented builds run a part of the grid only: HYBRID_SIMT_GRID=full asks for all.
+inline bool full_grid() { return is_set_to("HYBRID_SIMT_GRID", "full"); }
+
+// Runs fn in every order of threads and blocks; the results that it returns must not differ by a bit. One order is enough for
+// ThreadSanitizer, which knows what is ordered and what is not, and for who asks by HYBRID_SIMT_ORDERS=one.
 template <typename Fn>
 auto in_every_order([[maybe_unused]] const std::string& what, const Fn& fn) {
   simt::order = simt::Order::kForward;
   auto first = fn();
 #if !defined(HYBRID_THREAD_SANITIZER)
+  if (is_set_to("HYBRID_SIMT_ORDERS", "one")) return first;
   for (const simt::Order order : {simt::Order::kBackward, simt::Order::kShuffled}) {
     simt::order = order;
     const auto again = fn();
@@ -177,8 +197,9 @@ void for_each_type(const Fn& fn) {
 
 // The last line of a test program, and its exit code.
 inline int finish_simt(const char* family) {
-  std::printf("%s: %d failures, %llu threads run\n", family, failures,
-              static_cast<unsigned long long>(simt::threads_run()));
+  const auto threads = static_cast<unsigned long long>(simt::threads_run());
+  std::printf("%s: %d failures, %llu threads run\n", family, failures, threads);
+  if (figures() != nullptr) std::fprintf(figures(), "program\t%s\t%d\t%llu\n", family, failures, threads);
   return finish();
 }
 

@@ -56,7 +56,8 @@ int lane_index();
 void* static_shared(const void* key, size_t bytes, size_t alignment, const Site& site);
 void* dynamic_shared(const Site& site);
 
-// A copy that happens when the group it is committed to is waited for, not earlier.
+// A copy that may happen at any time until the group it is committed to is waited for: what the destination held is gone at once,
+// and the copy is there after the wait, not earlier.
 void copy_later(void* shared, const void* global, int bytes, int zero_bytes);
 void commit_copies();
 void wait_for_copies(int groups_left);

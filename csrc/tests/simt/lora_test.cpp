@@ -98,6 +98,8 @@ int64_t expected_escapes(const Adapter& adapter, const Buffer<T>& base) {
   return count;
 }
 
+int restored = 0;
+
 // Merges in place and out again; the merge gives the bits of the one into other storage.
 template <typename T>
 int64_t test_restore(const Adapter& adapter, const Buffer<T>& base, int64_t shift, const std::string& what) {
@@ -130,6 +132,7 @@ int64_t test_restore(const Adapter& adapter, const Buffer<T>& base, int64_t shif
     if (fresh) seen[index[e]] = true;
   }
   cuda::lora_unmerge_in_place(p, weight.data(), residual.data(), escapes, count, nullptr);
+  ++restored;
   if (!weight.same_bits(base)) {
     std::fprintf(stderr, "%s: the base is not restored\n", what.c_str());
     expect(false, "restore");
@@ -193,9 +196,11 @@ void test_type() {
     for (const Shape& s : shapes) test_merge<T>(s, accuracy);
     test_merge<T>({0, 8, 2, {}}, accuracy);
   }
+  restored = 0;
   test_restore_shapes<T>(shapes);
   test_every_number<T>();
   test_infinite_factor<T>();
+  report_exact(std::string("lora_merge_ ") + kTypeName<T>, restored);
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 """Breaks the CUDA kernels on purpose, one place at a time, and checks that the tests notice.
 
-A mutant removes one barrier or one wait for asynchronous copies, or widens one bound by one. All
-mutants of a file are compiled into the same test programs, each behind a number that the
-environment variable ``SIMT_MUTANT`` picks, so that a run costs a run and not a compilation. A
-mutant is caught when a test program, built with AddressSanitizer and UndefinedBehaviorSanitizer
-or else with ThreadSanitizer, fails with it.
+A mutant removes one barrier, or one commit of or wait for asynchronous copies, or widens one bound
+by one: a comparison, or the smaller of two lengths. All mutants of a file are compiled into the
+same test programs, each behind a number that the environment variable ``SIMT_MUTANT`` picks, so
+that a run costs a run and not a compilation. A mutant is caught when a test program fails with it,
+built plainly, with AddressSanitizer and UndefinedBehaviorSanitizer, or with ThreadSanitizer.
 
 A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the reason::
 
@@ -17,6 +17,7 @@ a mutant is neither caught nor listed, or a listed one is caught after all.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
@@ -24,33 +25,31 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2]
+SIMT = Path(__file__).resolve().parent
 LISTED = Path(__file__).with_name("equivalent_mutants.txt")
-FAMILIES = (  # test programs: a folder's name, or that and more
-    "norm",
-    "activation",
-    "lora",
-    "rlhf",
-    "attention",
-    "attention_backward",
-    "sampling",
-    "linear",
-    "gather",
-)
-FLAGS = ("-std=c++20", "-O1", "-g", "-ffp-contract=off", "-w")
-SANITIZERS = {
+QUICK_FIRST = ("gather", "linear", "lora", "rlhf", "activation", "norm", "attention_backward")
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-w")
+FLAVOURS = {
+    "plain": (),
     "asan": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-fsanitize=thread", "-DHYBRID_THREAD_SANITIZER"),
 }
-WAITS = re.compile(r"^(\s*)((?:__syncthreads|__syncwarp|cp_async_wait<\w+>)\([^;]*\);)")
+BARRIERS = re.compile(r"\b__sync(?:threads|warp)\(")
+WAITS = re.compile(r"\b(?:__syncthreads|__syncwarp|cp_async_commit|cp_async_wait<\w+>)\([^;{}]*\);")
 # Binary operators stand between spaces, template brackets do not: clang-format sees to it. A
-# comparison with a fraction compares values, not places.
-BOUNDS = re.compile(r" (<|<=|>=) (?!-?[\d.]*\.\d)")
-CPU_SECONDS = 120  # for one run: far more than the slowest program takes, whatever else runs
+# comparison with a fraction or with infinity compares values, not places; a halving that goes on at
+# zero never ends.
+BOUNDS = re.compile(r" (<|<=|>|>=) (?!-?[\d.]*\.\d|-?INFINITY|0; \w+ /= 2)")
+SMALLER = re.compile(r"\bsmaller\(")
+# Where a comparison is none that runs.
+NOT_RUN = re.compile(r"\bconstexpr\b|\bstatic_assert\b|^\s*template\b|\boperator\s*[<>]|^\s*#")
+CPU_SECONDS = 60  # for one run: twice what the slowest program takes, whatever else runs
 
 
 @dataclass(frozen=True)
@@ -72,27 +71,64 @@ class Mutant:
         return (self.file, self.text, self.place)
 
 
+class Numbered:
+    """Numbers for the mutants of a line, in the order in which they are asked for."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.count = first, 0
+
+    def __call__(self) -> str:
+        self.count += 1
+        return f"simt_mutant({self.first + self.count - 1})"
+
+
 def mutate(line: str, first: int) -> tuple[str, int]:
     """The line with every mutant behind its number, the first being ``first``; and their count.
 
-    Widening lets a comparison hold for one more value: ``i < n`` becomes ``i < 1 + n``, and the
-    guard ``i >= n`` becomes ``i + 1 >= n``.
+    Widening lets a comparison hold for one more value: ``i < n`` becomes ``i < 1 + n``, and
+    ``i >= n`` becomes ``i + 1 >= n``; ``smaller(a, b)`` becomes ``(1 + smaller(a, b))``.
     """
     code = line.split("//")[0]
-    if re.search(r"constexpr|static_assert|template|operator|^\s*#", code) and "if" not in code:
-        return line, 0
-    if match := WAITS.match(code):
-        return f"{match[1]}if (!simt_mutant({first})) {match[2]}{line[match.end() :]}", 1
-    count = 0
+    rest = line[len(code) :]
+    number = Numbered(first)
 
     def widen(match: re.Match[str]) -> str:
-        nonlocal count
-        count += 1
-        sign = "-" if match[1] == ">=" else "+"
-        widened = f"simt_mutant({first + count - 1})"
-        return f" {match[1]} {widened} + " if sign == "+" else f" + {widened} {match[1]} "
+        if match[1] in ("<", "<="):
+            return f" {match[1]} {number()} + "
+        return f" + {number()} {match[1]} "
 
-    return BOUNDS.sub(widen, code) + line[len(code) :], count
+    runs = NOT_RUN.search(code) is None
+    code = WAITS.sub(lambda match: f"if (!{number()}) {match[0]}", code)
+    if runs:
+        code = _widen_smaller(BOUNDS.sub(widen, code), number)
+    return code + rest, number.count
+
+
+def _widen_smaller(code: str, number: Numbered) -> str:
+    """Widens every ``smaller(...)`` that ends on the line, from the last to the first."""
+    for match in reversed(list(SMALLER.finditer(code))):
+        depth = 1
+        for end in range(match.end(), len(code)):
+            depth += (code[end] == "(") - (code[end] == ")")
+            if depth == 0:
+                call = code[match.start() : end + 1]
+                code = f"{code[: match.start()]}({number()} + {call}){code[end + 1 :]}"
+                break
+    return code
+
+
+def runs_on_the_host(lines: list[str]) -> list[bool]:
+    """Of each line, whether the test programs have it: not what stands under ``__CUDACC__``."""
+    kept, on_host = [], [True]
+    for line in lines:
+        if line.startswith("#if"):
+            on_host.append(on_host[-1] and not line.startswith("#ifdef __CUDACC__"))
+        elif line.startswith("#else"):
+            on_host[-1] = on_host[-2] and not on_host[-1]
+        elif line.startswith("#endif"):
+            on_host.pop()
+        kept.append(on_host[-1])
+    return kept
 
 
 def write_mutated_sources(build: Path) -> list[Mutant]:
@@ -100,14 +136,15 @@ def write_mutated_sources(build: Path) -> list[Mutant]:
     tree = build / "csrc"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(CSRC, tree, ignore=shutil.ignore_patterns("*.cpp", "*.cu", "*.py", "*.csv"))
-    for source in (CSRC / "tests" / "simt").glob("*.cpp"):
+    for source in SIMT.glob("*.cpp"):
         shutil.copyfile(source, tree / "tests" / "simt" / source.name)
     mutants: list[Mutant] = []
     for path in sorted(tree.rglob("*.cuh")):
         lines = path.read_text().splitlines()
         seen: Counter[str] = Counter()
+        on_host = runs_on_the_host(lines)
         for i, line in enumerate(lines):
-            lines[i], count = mutate(line, len(mutants))
+            lines[i], count = mutate(line, len(mutants)) if on_host[i] else (line, 0)
             text, file = line.strip(), f"csrc/{path.relative_to(tree).as_posix()}"
             for _ in range(count):
                 mutants.append(Mutant(len(mutants), file, i + 1, text, seen[text]))
@@ -122,37 +159,43 @@ def write_mutated_sources(build: Path) -> list[Mutant]:
     return mutants
 
 
-def build_programs(build: Path, cxx: list[str], families: set[str]) -> dict[tuple[str, str], Path]:
-    """The test program of every (sanitizer, family)."""
+def build_programs(
+    build: Path, cxx: list[str], families: set[str], pool: ThreadPoolExecutor
+) -> dict[tuple[str, str], Path]:
+    """The test program of every (flavour, family)."""
     tree = build / "csrc"
-    simt = tree / "tests" / "simt"
+
+    def compile_one(flavour: str, name: str, flags: tuple[str, ...]) -> Path:
+        source, to = tree / "tests" / "simt" / f"{name}.cpp", build / f"{name}.{flavour}.o"
+        command = [*cxx, *FLAGS, *flags, f"-I{tree}", "-c", str(source), "-o", str(to)]
+        subprocess.run(command, check=True)
+        return to
+
+    runners, tests = {}, {}
+    for flavour, flags in FLAVOURS.items():
+        runner_flags = flags[1:] if flavour == "tsan" else flags  # see CMakeLists.txt
+        runners[flavour] = [
+            pool.submit(compile_one, flavour, name, runner_flags) for name in ("fiber", "runner")
+        ]
+        test_flags = (*flags, "-include", "mutant.h")
+        for family in families:
+            tests[flavour, family] = pool.submit(compile_one, flavour, f"{family}_test", test_flags)
     programs = {}
-    for sanitizer, flags in SANITIZERS.items():
-        runner_flags = flags if sanitizer == "asan" else flags[1:]
-        objects = []
-        for name in ("fiber", "runner"):
-            objects.append(str(build / f"{name}.{sanitizer}.o"))
-            compile_one(cxx, runner_flags, tree, simt / f"{name}.cpp", objects[-1])
-        for family in sorted(families):
-            test = str(build / f"{family}.{sanitizer}.o")
-            source = simt / f"{family}_test.cpp"
-            compile_one(cxx, (*flags, "-include", "mutant.h"), tree, source, test)
-            programs[sanitizer, family] = build / f"{family}.{sanitizer}"
-            link = [*cxx, flags[0], test, *objects, "-o", str(programs[sanitizer, family])]
-            subprocess.run(link, check=True)
+    for (flavour, family), test in tests.items():
+        objects = [str(job.result()) for job in (test, *runners[flavour])]
+        programs[flavour, family] = build / f"{family}.{flavour}"
+        link = [*cxx, *FLAVOURS[flavour][:1], *objects, "-o", str(programs[flavour, family])]
+        subprocess.run(link, check=True)
     return programs
 
 
-def compile_one(cxx: list[str], flags: tuple[str, ...], tree: Path, source: Path, to: str) -> None:
-    subprocess.run([*cxx, *FLAGS, *flags, f"-I{tree}", "-c", str(source), "-o", to], check=True)
-
-
-def passes(program: Path, mutant: int) -> bool:
+def passes(program: Path, mutant: int, orders: str = "all") -> bool:
     """Whether the test program ends well with this mutant (-1 for none)."""
     environment = {
         **os.environ,
         "SIMT_MUTANT": str(mutant),
         "HYBRID_TEST_FAIL_FAST": "1",
+        "HYBRID_SIMT_ORDERS": orders,
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
@@ -161,19 +204,45 @@ def passes(program: Path, mutant: int) -> bool:
     return run.returncode == 0
 
 
-def families_of(mutant: Mutant) -> tuple[str, ...]:
-    """The test programs that may notice: a common header is everybody's."""
-    folder = mutant.file.split("/")[1]
-    own = tuple(name for name in FAMILIES if name == folder or name.startswith(f"{folder}_"))
-    return own or FAMILIES
+@functools.cache
+def included_by(family: str) -> frozenset[str]:
+    """The files that a test program includes, however deep, relative to the repository."""
+    seen, new = set(), {SIMT / f"{family}_test.cpp"}
+    while new:
+        seen |= new
+        names = {
+            name
+            for path in new
+            for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        }
+        new = {CSRC / name for name in names} - seen
+    return frozenset(path.relative_to(CSRC.parent).as_posix() for path in seen)
+
+
+@functools.cache
+def all_families() -> list[str]:
+    """The test programs, those first that take the least time."""
+    found = (path.name.removesuffix("_test.cpp") for path in SIMT.glob("*_test.cpp"))
+    order = {name: i for i, name in enumerate(QUICK_FIRST)}
+    return sorted(set(found) - {"runner"}, key=lambda name: (order.get(name, len(order)), name))
+
+
+def families_of(mutant: Mutant) -> list[str]:
+    """The test programs that have it."""
+    return [family for family in all_families() if mutant.file in included_by(family)]
 
 
 def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:
-    """The first sanitizer's build that fails, or None."""
-    for sanitizer in SANITIZERS:
+    """The first flavour that fails, or None; the likelier and the quicker come first.
+
+    A missing barrier is a race, which may show in one order of threads only; all else shows in any.
+    """
+    unordered = BARRIERS.search(mutant.text) is not None
+    orders = "all" if unordered else "one"
+    for flavour in ("plain", "tsan", "asan") if unordered else ("plain", "asan", "tsan"):
         for family in families_of(mutant):
-            if not passes(programs[sanitizer, family], mutant.number):
-                return sanitizer
+            if not passes(programs[flavour, family], mutant.number, orders):
+                return flavour
     return None
 
 
@@ -191,32 +260,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder for what is compiled")
     parser.add_argument("--cxx", default="g++", help="the compiler, with its launcher if any")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="programs at once")
-    parser.add_argument("--only", default="", help="only files whose path contains this")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="programs at once"
+    )
+    parser.add_argument("--only", default="", help="only those that match this regular expression")
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
-    mutants = [m for m in write_mutated_sources(options.build) if options.only in m.file]
+    mutants = [m for m in write_mutated_sources(options.build) if re.search(options.only, str(m))]
     families = {family for mutant in mutants for family in families_of(mutant)}
-    programs = build_programs(options.build, shlex.split(options.cxx), families)
-    for program in programs.values():
-        if not passes(program, -1):
-            sys.exit(f"{program} fails without any mutant")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        programs = build_programs(options.build, shlex.split(options.cxx), families, pool)
+        good = pool.map(lambda program: passes(program, -1), programs.values())
+        for program, ends_well in zip(programs.values(), good, strict=True):
+            if not ends_well:
+                sys.exit(f"{program} fails without any mutant")
+        verdicts = pool.map(lambda mutant: caught_by(mutant, programs), mutants)
+        return report(mutants, verdicts)
 
+
+def report(mutants: list[Mutant], verdicts: Iterable[str | None]) -> int:
+    """Prints what is wrong as it comes, and the figure; returns the exit code."""
     listed = listed_equivalents()
     caught, equivalent, wrong = 0, 0, 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = list(pool.map(lambda mutant: caught_by(mutant, programs), mutants))
-    for mutant, sanitizer in zip(mutants, verdicts, strict=True):
-        if sanitizer is None and mutant.key in listed:
+    for mutant, flavour in zip(mutants, verdicts, strict=True):
+        if flavour is None and mutant.key in listed:
             equivalent += 1
-        elif sanitizer is None:
+        elif flavour is None:
             wrong += 1
             print(f"SURVIVED {mutant}", flush=True)
         else:
             caught += 1
             if mutant.key in listed:
                 wrong += 1
-                print(f"LISTED AS EQUIVALENT, but caught ({sanitizer}) {mutant}", flush=True)
+                print(f"LISTED AS EQUIVALENT, but caught ({flavour}) {mutant}", flush=True)
     print(f"mutants: {len(mutants)}, caught {caught}, equivalent {equivalent}, unexplained {wrong}")
     return 1 if wrong else 0
 

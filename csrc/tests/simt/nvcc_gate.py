@@ -1,15 +1,15 @@
 """Compiles every CUDA source for every GPU that the library names, and holds the result to a table.
 
 For each kernel and architecture ``ptxas`` says how many registers and bytes of shared memory it
-takes and whether it spills; the machine code says which memory instructions it has. Three checks:
+takes and whether it spills; the machine code says which instructions it has. Three checks:
 
 * no kernel spills a register or keeps an array in local memory;
-* every kernel that ``EXPECTED_CODE`` names has the instructions meant for it (checked where a
-  ``cuobjdump`` is found: beside nvcc, on the PATH, or in an installed triton);
+* every kernel has the instructions that ``machine_code.py`` names for it, on every architecture;
 * registers, shared memory and theoretical occupancy equal ``kernel_resources.csv``, so that a
   change of them is made on purpose: ``--update`` writes the table.
 
-Objects are cached by the content of everything they include. The last line is the figure.
+The table is that of one release of nvcc, which ``constraints.txt`` pins. Objects are cached by the
+content of everything they include. The last line is the figure.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import hashlib
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+import machine_code
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC = ROOT / "csrc"
@@ -37,29 +40,15 @@ MAX_BLOCKS = {"80": 32, "86": 16, "89": 24, "90": 32, "100": 32}
 SHARED_KIB = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228}
 REGISTERS = 65536
 
-# Kernels whose name contains the key have an instruction that matches: 16-byte loads and stores,
-# matrix instructions of the 16-bit types (the mangled name of a format is its length and itself).
-EXPECTED_CODE = {
-    "norm_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "norm_backward_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "activation": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "lora_merge": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "lora_unmerge": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "22paged_attention_kernelINS_3f16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32"),
-    "22paged_attention_kernelINS_4bf16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "22flash_attention_kernelINS_3f16E": (r"LDGSTS\.E[.\w]*\.128", r"LDSM", r"HMMA\.16816\.F32"),
-    "22flash_attention_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "23attention_grad_q_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "24attention_grad_kv_kernelINS_4bf16E": (r"LDGSTS\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "unshard_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "20skinny_linear_kernelINS_3f16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32"),
-    "20skinny_linear_kernelINS_4bf16E": (r"LDG\.E[.\w]*\.128", r"HMMA\.16816\.F32\.BF16"),
-    "rope_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "rope_append_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "kv_append_kernel": (r"LDG\.E[.\w]*\.128", r"STG\.E[.\w]*\.128"),
-    "token_logprobs": (r"LDG\.E[.\w]*\.128",),
-    "sample_kernel": (r"LDG\.E[.\w]*\.128",),
-}
+
+@dataclass
+class Checked:
+    """What one source for one architecture has come to."""
+
+    rows: list[tuple[str, ...]]  # of the table
+    faults: list[str]
+    spilling: int  # kernels
+    instructions: int  # found as meant
 
 
 def load_build_module():
@@ -70,6 +59,9 @@ def load_build_module():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+build = load_build_module()
 
 
 def included_files(source: Path, seen: set[Path] | None = None) -> set[Path]:
@@ -131,18 +123,10 @@ def parse_ptxas(log: str) -> list[dict[str, str | int]]:
     return records
 
 
-def find_cuobjdump(nvcc: str) -> str | None:
-    beside = Path(nvcc).resolve().with_name("cuobjdump")
-    if beside.is_file():
-        return str(beside)
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        carried = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if carried.is_file():
-            return str(carried)
-    return None
+def version_of(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V([\d.]+)", text)
+    return found[1] if found else "of an unknown release"
 
 
 def launch_bounds(ptx: str) -> dict[str, int]:
@@ -165,13 +149,11 @@ def occupancy(sm: str, threads: int, registers: int, shared: int) -> float:
     return blocks * threads / MAX_THREADS[sm]
 
 
-def compile_source(
-    source: Path, sm: str, nvcc: str, flags: list[str], build: Path
-) -> tuple[list, Path]:
+def compile_source(source: Path, sm: str, nvcc: str, folder: Path) -> tuple[list, Path]:
     """Records of a source's kernels on one architecture, and its machine code; from the cache where
     nothing changed."""
-    command = [nvcc, *flags, "-arch", f"sm_{sm}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
-    stem = build / f"{source.stem}.sm_{sm}.{content_key(source, command)}"
+    command = [nvcc, *build.NVCC_FLAGS, "-arch", f"sm_{sm}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
+    stem = folder / f"{source.stem}.sm_{sm}.{content_key(source, command)}"
     report, cubin = Path(f"{stem}.json"), Path(f"{stem}.cubin")
     if report.is_file() and cubin.is_file():
         return json.loads(report.read_text()), cubin
@@ -193,20 +175,17 @@ def compile_source(
     return records, cubin
 
 
-def missing_instructions(cubin: Path, cuobjdump: str) -> list[str]:
-    """Kernels that lack an instruction which ``EXPECTED_CODE`` wants."""
-    dump = subprocess.run(
-        [cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True
+def check(source: Path, sm: str, nvcc: str, cuobjdump: str, folder: Path) -> Checked:
+    records, cubin = compile_source(source, sm, nvcc, folder)
+    spilling = [r for r in records if r["spills"] or r["stack"]]
+    faults = [
+        f"{r['kernel']} sm_{sm}: {r['spills']} bytes spilt, {r['stack']} of stack" for r in spilling
+    ]
+    missing = machine_code.missing_instructions(records, sm, cubin, cuobjdump)
+    meant = sum(len(machine_code.meant_for(r["kernel"]) or ()) for r in records)
+    return Checked(
+        table_rows(records, sm), faults + missing, len(spilling), max(meant - len(missing), 0)
     )
-    missing = []
-    for part in re.split(r"Function : ", dump.stdout)[1:]:
-        mangled, code = part.split("\n", 1)
-        for key, patterns in EXPECTED_CODE.items():
-            if key in mangled:
-                missing += [
-                    f"{mangled}: no {wanted}" for wanted in patterns if not re.search(wanted, code)
-                ]
-    return missing
 
 
 def table_rows(records: list[dict], sm: str) -> list[tuple[str, ...]]:
@@ -230,45 +209,55 @@ def write_table(rows: list[tuple[str, ...]]) -> None:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
+def find_tools(nvcc: str | None) -> tuple[str, str]:
+    """nvcc and cuobjdump, or an exit that says how to get them."""
+    nvcc = nvcc or build.installed_nvcc()
+    if nvcc is None:
+        sys.exit(f"nvcc: {build.NO_NVCC}; pip install -c constraints.txt '.[proof]'")
+    cuobjdump = machine_code.find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        sys.exit("nvcc: no cuobjdump to read the machine code with; pip install triton")
+    return nvcc, cuobjdump
+
+
+def check_all(nvcc: str, cuobjdump: str, folder: Path, jobs: int) -> list[Checked]:
+    sources = [CSRC / source for source in build.SPEC.cuda_sources(CSRC)]
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [
+            pool.submit(check, source, sm, nvcc, cuobjdump, folder)
+            for source in sources
+            for sm in build.CUDA_ARCHITECTURES
+        ]
+        return [job.result() for job in running]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="folder for what is compiled")
-    parser.add_argument("--nvcc", default="nvcc")
+    parser.add_argument("--nvcc", help="by default $CUDA_HOME's, pip's or the path's")
+    parser.add_argument("--jobs", type=int, default=build.usable_cores(), help="compilers at once")
     parser.add_argument(
         "--update", action="store_true", help="write the table instead of comparing"
     )
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
-    build_module = load_build_module()
-    cuobjdump = find_cuobjdump(options.nvcc)
-
-    rows, faults = [], []
-    spilling = 0
-    for sm in build_module.CUDA_ARCHITECTURES:
-        for source in build_module.SPEC.cuda_sources(CSRC):
-            flags = list(build_module.NVCC_FLAGS)
-            records, cubin = compile_source(CSRC / source, sm, options.nvcc, flags, options.build)
-            rows += table_rows(records, sm)
-            for r in records:
-                if r["spills"] or r["stack"]:
-                    spilling += 1
-                    faults.append(
-                        f"{r['kernel']} sm_{sm}: {r['spills']} bytes spilt, {r['stack']} of stack"
-                    )
-            if cuobjdump:
-                faults += missing_instructions(cubin, cuobjdump)
+    nvcc, cuobjdump = find_tools(options.nvcc)
+    parts = check_all(nvcc, cuobjdump, options.build, options.jobs)
+    rows = [row for part in parts for row in part.rows]
     rows.sort(key=lambda row: (row[0], int(row[1])))
     if options.update:
         write_table(rows)
     known = set(read_table())
+    faults = [fault for part in parts for fault in part.faults]
     faults += [f"not in {TABLE.name}: {', '.join(row)}" for row in rows if row not in known]
     faults += [f"only in {TABLE.name}: {', '.join(row)}" for row in sorted(known - set(rows))]
-    print("\n".join(faults))
-    code = "machine code checked" if cuobjdump else "machine code not checked: no cuobjdump"
-    kernels = len({row[0] for row in rows})
-    targets = len(build_module.CUDA_ARCHITECTURES)
+    for fault in faults:
+        print(fault)
     print(
-        f"nvcc: {kernels} kernels for {targets} architectures, {spilling} spill, {code}, "
+        f"nvcc {version_of(nvcc)}: {len({row[0] for row in rows})} kernels for "
+        f"{len(build.CUDA_ARCHITECTURES)} architectures, "
+        f"{sum(part.spilling for part in parts)} spill, "
+        f"{sum(part.instructions for part in parts)} instructions found as meant, "
         f"{len(faults)} faults"
     )
     return 1 if faults else 0

@@ -352,6 +352,7 @@ void copy_later(void* shared, const void* global, int bytes, int zero_bytes) {
   Thread& thread = block->current();
   if (thread.copies.size() == kMaxCopies) throw Error("too many asynchronous copies under way in one thread");
   thread.copies.push_back({shared, global, bytes, zero_bytes, thread.groups});
+  std::memset(shared, kPoison, static_cast<size_t>(bytes + zero_bytes));  // it may arrive at once: what was there is gone
 }
 
 void commit_copies() { ++block->current().groups; }

@@ -1,9 +1,9 @@
 // Runs a grid of CUDA threads on the host, a fiber for each thread of a block, block after block.
 //
 // What it promises, and what a GPU does not: the same order every time (of one's choice), memory full of NaN before it is
-// written, asynchronous copies that arrive as late as the documentation allows, and an error, with the places of the threads, for
-// every collective that not all of its threads reach. It runs one warp instruction as 32 separate ones, in some order: a kernel
-// that relies on lanes being in step is wrong here as it is on a GPU.
+// written, asynchronous copies that overwrite at once and arrive as late as the documentation allows, and an error, with the places
+// of the threads, for every collective that not all of its threads reach. It runs one warp instruction as 32 separate ones, in some
+// order: a kernel that relies on lanes being in step is wrong here as it is on a GPU.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -50,6 +50,7 @@ __global__ void count_up(int* counter, int* largest) {
 
 __global__ void copy_asynchronously(const float* in, float* out, int valid_bytes, bool wait) {
   float* staged = dynamic_shared_memory<float>();
+  for (int i = 0; i < 4; ++i) staged[4 * threadIdx.x + i] = -1.0f;
   cp_async_16(staged + 4 * threadIdx.x, in + 4 * threadIdx.x, valid_bytes);
   cp_async_commit();
   cp_async_commit();
@@ -162,7 +163,9 @@ void test_asynchronous_copies() {
   launch(copy_asynchronously, shape, nullptr, in.data(), out.data(), 8, true);
   for (int i = 0; i < 128; ++i) expect(out[i] == (i % 4 < 2 ? static_cast<float>(i) : 0.0f), "cp.async");
   launch(copy_asynchronously, shape, nullptr, in.data(), out.data(), 16, false);
-  for (int i = 0; i < 128; ++i) expect(std::isnan(out[i]), "a copy that is not waited for has not arrived");
+  for (int i = 0; i < 128; ++i) {
+    expect(std::isnan(out[i]), "a copy that is not waited for has not arrived, and what was there is gone");
+  }
 }
 
 template <typename T>
