@@ -55,8 +55,8 @@ class ModelConfig(Options):
     )
     lora_target_modules: tuple[str, ...] = option(
         ("all-linear",),
-        "layers that get an adapter, by transformers' names (q_proj v_proj ..., c_attn ...), or "
-        "all-linear",
+        "layers that get an adapter, by transformers' names (q_proj v_proj ..., c_attn ...) or by "
+        "regular expressions of whole names, or all-linear",
         "--lora-target-modules",
     )
     lora_rslora: bool = option(

@@ -28,7 +28,8 @@ class LoRAConfig:
         r: rank.
         alpha: scale is alpha / r.
         dropout: of the low-rank term's input, in training mode alone.
-        target_modules: layers by transformers' names (q_proj, c_attn, ...), or "all-linear".
+        target_modules: layers by transformers' names (q_proj, c_attn, ...), regular expressions of
+            whole names, or "all-linear".
         use_rslora: scale is alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
