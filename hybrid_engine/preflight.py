@@ -124,8 +124,3 @@ def check_dtype(config: RunConfig) -> None:
         return
     if dtype == "float16":
         raise UserError("--dtype float16 cannot be trained on a CPU; give float32 or bfloat16")
-    if 3 in config.steps:
-        raise UserError(
-            f"--dtype {dtype}: step 3 generates with float32 weights on a CPU; give float32, or "
-            "run steps 1 and 2 alone"
-        )
