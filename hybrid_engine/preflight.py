@@ -6,6 +6,7 @@ import torch
 
 from hybrid_engine.config import RunConfig
 from hybrid_engine.distributed.subgroup import check_divides
+from hybrid_engine.engine.deepspeed_limits import check_supported
 from hybrid_engine.engine.slices import slice_decoder
 from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING
 from hybrid_engine.errors import UserError
@@ -25,7 +26,8 @@ def check(run: Run) -> None:
     if torch.cuda.is_available() and run.config.model.device == "cpu":
         run.reporter.warn("this run is on the CPU and the GPU stays idle: --device cuda uses it")
     check_dtype(run.config)
-    zero_stage = run.zero_stage  # reads the DeepSpeed file
+    check_supported(run.deepspeed_settings(), run.config.model.device)
+    zero_stage = run.zero_stage
     if 3 in run.config.steps:
         check_step_3(run, zero_stage)
     elif {1, 2} <= set(run.config.steps):

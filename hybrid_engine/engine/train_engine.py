@@ -25,10 +25,12 @@ from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, wo
 from hybrid_engine.distributed.parts import Part
 from hybrid_engine.distributed.waiting import waiting
 from hybrid_engine.engine import deepspeed_config as settings
+from hybrid_engine.engine.deepspeed_limits import check_supported
+from hybrid_engine.engine.frozen import FrozenWeights, frozen_checksum
 from hybrid_engine.engine.master_state import shard_of
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
-from hybrid_engine.engine.train_state import TrainState, frozen_checksum
+from hybrid_engine.engine.train_state import TrainState, forget_secondary_shards
 from hybrid_engine.errors import UserError
 
 
@@ -72,6 +74,7 @@ class TrainEngine:
         frozen = frozen_checksum(module)
         self._guard = NonFiniteGuard(module, name, optimizer.max_bad_steps)
         self._optimizer = build_adamw(module, optimizer)
+        check_supported(self._settings, self._device.type)
         self._bare_norm: float | None = None
         if settings.clips_outside(self._settings):
             self._optimizer.register_step_pre_hook(self._clip_bare_optimizer)
@@ -220,6 +223,7 @@ class TrainEngine:
                         copies[id(parameter)] = torch.empty(0)
             if is_main():
                 state[name] = copies[id(parameter)]
+        forget_secondary_shards(self._engine.optimizer)
         if is_main():
             state |= {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
         return state

@@ -81,8 +81,7 @@ class TrainState:
             for name, parameter in self._module.named_parameters():
                 if parameter.requires_grad:
                     self._refresh(name, parameter, saved)
-        if hasattr(self._engine.optimizer, "invalidate_secondary_tensor"):
-            self._engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies are of old values
+        forget_secondary_shards(self._engine.optimizer)
         for key, value in state["engine"].items():
             setattr(self._engine, key, value)
         return state["counts"]
@@ -121,6 +120,12 @@ class TrainState:
             raise UserError(
                 f"cannot resume {self._name} from {directory}: {differences[0]}; resume with the "
                 "settings and models of the interrupted run, or train the step anew with "
+def forget_secondary_shards(optimizer: Any) -> None:
+    """hpZ gathers from copies that a host keeps, which must go when values are written directly."""
+    if hasattr(optimizer, "invalidate_secondary_tensor"):
+        optimizer.invalidate_secondary_tensor()
+
+
                 "--overwrite"
             )
 
