@@ -32,6 +32,7 @@ from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
 from hybrid_engine.engine.train_state import TrainState, forget_secondary_shards
 from hybrid_engine.errors import UserError
+from hybrid_engine.models import is_quantized
 
 
 class TrainEngine:
@@ -47,7 +48,7 @@ class TrainEngine:
 
     Raises:
         UserError: `deepspeed_config` sets what follows from the other arguments, or contradicts the
-            parameters' dtype.
+            parameters' dtype, or cannot be used; a quantized base under ZeRO stage 3.
     """
 
     def __init__(
@@ -75,6 +76,11 @@ class TrainEngine:
         self._guard = NonFiniteGuard(module, name, optimizer.max_bad_steps)
         self._optimizer = build_adamw(module, optimizer)
         check_supported(self._settings, self._device.type)
+        if self.zero_stage == 3 and is_quantized(module):
+            raise UserError(
+                f"{name}: a base in few bits is whole on every rank, which ZeRO stage 3 does not "
+                "keep; take stage 0, 1 or 2, or leave --lora-base-bits out"
+            )
         self._bare_norm: float | None = None
         if settings.clips_outside(self._settings):
             self._optimizer.register_step_pre_hook(self._clip_bare_optimizer)

@@ -5,7 +5,7 @@ from hybrid_kernels.ops.activation import bias_activation, gated_activation
 from hybrid_kernels.ops.attention import attention, kv_append, paged_attention, rope
 from hybrid_kernels.ops.gather import unshard_
 from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
-from hybrid_kernels.ops.linear import linear, matmul
+from hybrid_kernels.ops.linear import linear, linear_recomputed, matmul
 from hybrid_kernels.ops.lora import MergeRecord, lora_merge, lora_merge_, lora_unmerge_
 from hybrid_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hybrid_kernels.ops.rlhf import (
@@ -36,6 +36,7 @@ __all__ = [
     "kv_append",
     "layer_norm",
     "linear",
+    "linear_recomputed",
     "linear_sample",
     "linear_token_logprobs",
     "lora_merge",
