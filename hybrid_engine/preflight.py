@@ -121,8 +121,5 @@ def check_context(run: Run, policy: str, scorer: str) -> None:
 
 
 def check_dtype(config: RunConfig) -> None:
-    dtype = config.model.dtype
-    if dtype == "float32" or config.model.device == "cuda":
-        return
-    if dtype == "float16":
+    if config.model.dtype == "float16" and config.model.device == "cpu":
         raise UserError("--dtype float16 cannot be trained on a CPU; give float32 or bfloat16")

@@ -267,7 +267,14 @@ class Run:
     ) -> TrainEngine:
         from hybrid_engine.engine.train_engine import TrainEngine
 
-        return TrainEngine(module, optimizer, total_steps, self.deepspeed_settings(), name)
+        return TrainEngine(
+            module,
+            optimizer,
+            total_steps,
+            self.deepspeed_settings(),
+            name,
+            self.config.model.verify_frozen,
+        )
 
     def save_model(
         self,

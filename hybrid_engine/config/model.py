@@ -73,6 +73,12 @@ class ModelConfig(Options):
         "write step 3's models merged as well, beside their adapters",
         "--lora-merge",
     )
+    verify_frozen: bool = option(
+        False,
+        "check after every optimizer step and every rollout that weights which are not trained "
+        "have kept their bits",
+        "--verify-frozen",
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass, block by block"
     )

@@ -123,7 +123,9 @@ class HybridEngine:
         train_engine = None
         if deepspeed_config is not None:
             optimizer = optimizer or OptimizerConfig(schedule="constant", warmup_ratio=0.0)
-            train_engine = TrainEngine(model, optimizer, total_steps, deepspeed_config)
+            train_engine = TrainEngine(
+                model, optimizer, total_steps, deepspeed_config, verify_frozen=verify_frozen
+            )
         return cls(model, load_tokenizer(path, base), train_engine, **options)
 
     # Phases
@@ -136,12 +138,15 @@ class HybridEngine:
         `engine.gather`. Generating itself needs no message between ranks, so ranks may generate
         unequally much and long.
         """
-        with self._enter("generation"), self._weights_source().whole():
-            try:
-                yield
-            finally:
-                if self._native is not None:
-                    self._native.release()
+        with self._enter("generation"):
+            with self._weights_source().whole():
+                try:
+                    yield
+                finally:
+                    if self._native is not None:
+                        self._native.release()
+            if self.train_engine is not None:
+                self.train_engine.check_frozen("generating")
 
     @property
     def gathered(self) -> GatherCounters | None:

@@ -10,7 +10,6 @@ loss scale of fp16 is not among the counts: DeepSpeed trains no fp16 on a CPU.
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,7 @@ class TrainState:
 
     Args:
         name: for messages.
-        frozen: from :func:`frozen_checksum`, before ZeRO-3 took the weights apart.
-
-    Raises:
-        UserError: optimizer state that cannot be saved.
+        frozen: from :func:`.frozen.frozen_checksum`, before ZeRO-3 took the weights apart.
     """
 
     def __init__(
@@ -120,14 +116,14 @@ class TrainState:
             raise UserError(
                 f"cannot resume {self._name} from {directory}: {differences[0]}; resume with the "
                 "settings and models of the interrupted run, or train the step anew with "
+                "--overwrite"
+            )
+
+
 def forget_secondary_shards(optimizer: Any) -> None:
     """hpZ gathers from copies that a host keeps, which must go when values are written directly."""
     if hasattr(optimizer, "invalidate_secondary_tensor"):
         optimizer.invalidate_secondary_tensor()
-
-
-                "--overwrite"
-            )
 
 
 def local_parts(parameter: Any) -> list[Part]:
@@ -154,13 +150,3 @@ def _differing_shapes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
             return [f"{name} was not trained, and now is"]
         return [f"{name} had the shape {saved[name]}, and now has {now[name]}"]
     return []
-
-
-def frozen_checksum(module: nn.Module) -> int:
-    """CRC-32 over names and bytes of the parameters that checkpoints leave out."""
-    checksum = 0
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
-    return checksum

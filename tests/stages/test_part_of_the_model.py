@@ -24,6 +24,7 @@ from hybrid_engine.models import (
 )
 from hybrid_engine.stages import cast as cast_module
 from hybrid_engine.stages import rlhf
+from hybrid_kernels import ops
 from hybrid_kernels.nn import linear as linear_module
 from tests.stages.runs import check_close, column, files, metrics
 
@@ -154,7 +155,6 @@ def test_adapters_merged_while_generating(trainer, tmp_path, casts, zero_stage):
     assert 0 < max(column(lines, "first_log_ratio")) < 1e-4
 
 
-def test_dropout_acts_in_the_supervised_steps_alone(trainer, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_frozen_weights_may_be_watched(trainer, tmp_path, monkeypatch, capsys, dtype):
     """--verify-frozen: a run whose merged weights are not taken out again ends at that rollout."""
@@ -189,6 +189,7 @@ def test_adapters_on_a_base_in_few_bits(trainer, tmp_path, casts, bits):
     refused(tmp_path / "sharded", "--zero-stage", "3", expect=2)
 
 
+def test_dropout_acts_in_the_supervised_steps_alone(trainer, tmp_path):
     settings = {"model.lora_r": 4, "model.lora_dropout": 0.3}
     output = trainer.having(settings)(tmp_path / "dropped")
     plain = trainer.having({"model.lora_r": 4})(tmp_path / "plain", "--steps", "1", "2")
