@@ -7,6 +7,7 @@ import torch
 from hybrid_engine.config import RunConfig
 from hybrid_engine.distributed.collectives import world_size
 from hybrid_engine.distributed.subgroup import check_divides
+from hybrid_engine.engine.deepspeed_limits import check_supported
 from hybrid_engine.engine.slices import slice_decoder
 from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING
 from hybrid_engine.engine.weights import check_can_stream
@@ -27,7 +28,8 @@ def check(run: Run) -> None:
     if torch.cuda.is_available() and run.config.model.device == "cpu":
         run.reporter.warn("this run is on the CPU and the GPU stays idle: --device cuda uses it")
     check_dtype(run.config)
-    zero_stage = run.zero_stage  # reads the DeepSpeed file
+    check_supported(run.deepspeed_settings(), run.config.model.device)
+    zero_stage = run.zero_stage
     if 3 in run.config.steps:
         check_step_3(run, zero_stage)
     elif {1, 2} <= set(run.config.steps):
@@ -124,13 +126,5 @@ def check_context(run: Run, policy: str, scorer: str) -> None:
 
 
 def check_dtype(config: RunConfig) -> None:
-    dtype = config.model.dtype
-    if dtype == "float32" or config.model.device == "cuda":
-        return
-    if dtype == "float16":
+    if config.model.dtype == "float16" and config.model.device == "cpu":
         raise UserError("--dtype float16 cannot be trained on a CPU; give float32 or bfloat16")
-    if 3 in config.steps:
-        raise UserError(
-            f"--dtype {dtype}: step 3 generates with float32 weights on a CPU; give float32, or "
-            "run steps 1 and 2 alone"
-        )

@@ -151,7 +151,12 @@ class Run:
 
         model = self.config.model
         policy = load_causal_lm(
-            source, model.dtype, self._lora(dropout), model.trainable_layers, self.config.seed
+            source,
+            model.dtype,
+            self._lora(dropout),
+            model.trainable_layers,
+            self.config.seed,
+            base_bits=model.lora_base_bits,
         )
         policy.gradient_checkpointing = model.gradient_checkpointing
         return placed(policy)
@@ -171,6 +176,7 @@ class Run:
             self._lora(dropout),
             trainable_layers or model.trainable_layers,
             self.config.seed,
+            base_bits=model.lora_base_bits,
         )
         scalar.gradient_checkpointing = model.gradient_checkpointing
         return placed(scalar)
@@ -261,7 +267,14 @@ class Run:
     ) -> TrainEngine:
         from hybrid_engine.engine.train_engine import TrainEngine
 
-        return TrainEngine(module, optimizer, total_steps, self.deepspeed_settings(), name)
+        return TrainEngine(
+            module,
+            optimizer,
+            total_steps,
+            self.deepspeed_settings(),
+            name,
+            self.config.model.verify_frozen,
+        )
 
     def save_model(
         self,

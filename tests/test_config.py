@@ -115,7 +115,7 @@ def test_no_number_is_taken_without_a_look():
     """Every number has an interval, but for those that are checked against others."""
     together = {
         *("steps", "num_gpus", "zero_stage", "data.weights", "data.split"),
-        *("data.max_prompt_tokens", "data.max_length"),
+        *("data.max_prompt_tokens", "data.max_length", "model.lora_base_bits"),
     }
     free = {s.path for s in settings().values() if s.kind in (int, float) and not s.within}
     assert free == together
@@ -155,12 +155,25 @@ def test_an_adaptive_coefficient_needs_room():
         ("model.lora_target_modules", ("q_proj",)),
         ("model.lora_rslora", True),
         ("model.lora_merge", True),
+        ("model.lora_base_bits", 4),
         ("rlhf.generation.merge_adapters", True),
     ],
 )
 def test_settings_of_adapters_need_adapters(path, value):
     assert "model.lora_r is 0" in refusal({path: value})
     build({path: value, "model.lora_r": 4})
+
+
+def test_bases_have_few_bits_or_all():
+    assert "model.lora_base_bits is 3" in refusal({"model.lora_r": 4, "model.lora_base_bits": 3})
+    merging = {"model.lora_r": 4, "rlhf.generation.merge_adapters": True}
+    assert "give one of the two" in refusal({**merging, "model.lora_base_bits": 8})
+
+
+def test_only_frozen_weights_can_be_watched():
+    assert "all weights are trained" in refusal({"model.verify_frozen": True})
+    for frozen in ({"model.lora_r": 4}, {"model.trainable_layers": 1}):
+        build({"model.verify_frozen": True, **frozen})
 
 
 def test_adapters_need_layers():

@@ -87,6 +87,11 @@ class RunConfig(Options):
             "a rank",
         )
         require(
+            not (self.model.lora_base_bits and self.rlhf.generation.merge_adapters),
+            "rlhf.generation.merge_adapters needs the weights that model.lora_base_bits quantizes; "
+            "give one of the two",
+        )
+        require(
             not (self.resume and self.overwrite),
             "--resume and --overwrite contradict each other; give one",
         )

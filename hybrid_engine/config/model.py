@@ -55,17 +55,29 @@ class ModelConfig(Options):
     )
     lora_target_modules: tuple[str, ...] = option(
         ("all-linear",),
-        "layers that get an adapter, by transformers' names (q_proj v_proj ..., c_attn ...), or "
-        "all-linear",
+        "layers that get an adapter, by transformers' names (q_proj v_proj ..., c_attn ...) or by "
+        "regular expressions of whole names, or all-linear",
         "--lora-target-modules",
     )
     lora_rslora: bool = option(
         False, "LoRA's scale is alpha / sqrt(r) instead (rsLoRA)", "--lora-rslora"
     )
+    lora_base_bits: int = option(
+        0,
+        "keep the frozen weights of the blocks in 4 or 8 bits (QLoRA; needs bitsandbytes); 0 keeps "
+        "them as they are",
+        "--lora-base-bits",
+    )
     lora_merge: bool = option(
         False,
         "write step 3's models merged as well, beside their adapters",
         "--lora-merge",
+    )
+    verify_frozen: bool = option(
+        False,
+        "check after every optimizer step and every rollout that weights which are not trained "
+        "have kept their bits",
+        "--verify-frozen",
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass, block by block"
@@ -82,7 +94,17 @@ class ModelConfig(Options):
             len(self.lora_target_modules) > 0,
             "model.lora_target_modules is empty; give all-linear, or names of layers",
         )
-        for name in ("alpha", "dropout", "target_modules", "rslora", "merge"):
+        require(
+            not self.verify_frozen
+            or bool(self.lora_r or self.trainable_layers or self.reward_trainable_layers),
+            "model.verify_frozen is set, but all weights are trained; give --lora-r a rank, or "
+            "model.trainable_layers a number",
+        )
+        require(
+            self.lora_base_bits in (0, 4, 8),
+            f"model.lora_base_bits is {self.lora_base_bits}; give 4 or 8, or 0",
+        )
+        for name in ("alpha", "dropout", "target_modules", "rslora", "base_bits", "merge"):
             setting = f"lora_{name}"
             require(
                 self.lora_r > 0 or getattr(self, setting) == getattr(ModelConfig, setting),

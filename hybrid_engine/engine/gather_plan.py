@@ -198,7 +198,7 @@ def shard_of(name: str, parameter: Any, world_size: int) -> Tensor:
         raise UserError(
             f"generation under ZeRO-3 reads plain shards on the device that computes ({here}), but "
             f"that of {name} is {found} on {shard.device.type} where {wanted} are expected; leave "
-            "quantized weights, MiCS, NVMe offload and, on GPUs, offloaded parameters out of the "
-            "DeepSpeed configuration"
+            "zero_quantized_nontrainable_weights and, on GPUs, offload_param out of the DeepSpeed "
+            "configuration"
         )
     return shard

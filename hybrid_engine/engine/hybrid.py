@@ -114,21 +114,26 @@ class HybridEngine:
         total_steps: int = 1,
         base: str | Path | None = None,
         device: str = "cpu",
+        verify_frozen: bool = False,
+        base_bits: int = 0,
         **options: Any,
     ) -> HybridEngine:
         """Load a model or a PEFT adapter (on the base that it names, or ``base``), local or hub's.
 
-        A ``deepspeed_config`` (it may be empty) makes the engine trainable; ``optimizer`` and
-        ``total_steps`` are those of `TrainEngine`, by default a constant learning rate, for which
-        the number of steps does not matter. ``device`` is ``"cpu"``, or ``"cuda"`` for this rank's
-        GPU; one process keeps to one. ``options`` as in the constructor.
+        A ``deepspeed_config`` (it may be empty) makes the engine trainable; ``optimizer``,
+        ``total_steps`` and ``verify_frozen`` are those of `TrainEngine`, by default a constant
+        learning rate, for which the number of steps does not matter. ``base_bits`` 4 or 8 quantizes
+        what lies under an adapter. ``device`` is ``"cpu"``, or ``"cuda"`` for this rank's GPU; one
+        process keeps to one. ``options`` as in the constructor.
         """
         use_device(device)
-        model = placed(load_causal_lm(path, dtype, lora, base=base))
+        model = placed(load_causal_lm(path, dtype, lora, base=base, base_bits=base_bits))
         train_engine = None
         if deepspeed_config is not None:
             optimizer = optimizer or OptimizerConfig(schedule="constant", warmup_ratio=0.0)
-            train_engine = TrainEngine(model, optimizer, total_steps, deepspeed_config)
+            train_engine = TrainEngine(
+                model, optimizer, total_steps, deepspeed_config, verify_frozen=verify_frozen
+            )
         return cls(model, load_tokenizer(path, base), train_engine, **options)
 
     # Phases
@@ -142,12 +147,15 @@ class HybridEngine:
         unequally much and long. Where ``weight_bytes`` has layers streamed, a rank leaves when all
         have: until then the others may need what it sends.
         """
-        with self._enter("generation"), self._weights_source().whole():
-            try:
-                yield
-            finally:
-                if self._native is not None:
-                    self._native.release()
+        with self._enter("generation"):
+            with self._weights_source().whole():
+                try:
+                    yield
+                finally:
+                    if self._native is not None:
+                        self._native.release()
+            if self.train_engine is not None:
+                self.train_engine.check_frozen("generating")
 
     @property
     def gathered(self) -> GatherCounters | None:

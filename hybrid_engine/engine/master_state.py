@@ -50,16 +50,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(module: nn.Module, optimizer: Any) -> list[Piece]:
-    """What this rank updates. `optimizer` is the DeepSpeed engine's.
-
-    Raises:
-        UserError: optimizer state on NVMe, which cannot be read here.
-    """
-    if getattr(optimizer, "swap_optimizer", False):
-        raise UserError(
-            "optimizer state on NVMe cannot be written to checkpoints; set "
-            "zero_optimization.offload_optimizer.device to cpu or none"
-        )
+    """What this rank updates. `optimizer` is the DeepSpeed engine's."""
     names = {p: name for name, p in module.named_parameters() if p.requires_grad}
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_shards(names, optimizer))

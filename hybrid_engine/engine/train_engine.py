@@ -25,11 +25,14 @@ from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, wo
 from hybrid_engine.distributed.parts import Part
 from hybrid_engine.distributed.waiting import waiting
 from hybrid_engine.engine import deepspeed_config as settings
+from hybrid_engine.engine.deepspeed_limits import check_supported
+from hybrid_engine.engine.frozen import FrozenWeights, frozen_checksum
 from hybrid_engine.engine.master_state import shard_of
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
-from hybrid_engine.engine.train_state import TrainState, frozen_checksum
+from hybrid_engine.engine.train_state import TrainState, forget_secondary_shards
 from hybrid_engine.errors import UserError
+from hybrid_engine.models import is_quantized
 
 
 class TrainEngine:
@@ -42,10 +45,12 @@ class TrainEngine:
         deepspeed_config: the user's DeepSpeed settings, with `zero_optimization.stage` for the ZeRO
             stage. Empty is plain data parallelism; "auto" leaves a setting to us.
         name: for messages.
+        verify_frozen: check after every step, and every generation phase, that the weights which
+            are not trained have kept their bits.
 
     Raises:
         UserError: `deepspeed_config` sets what follows from the other arguments, or contradicts the
-            parameters' dtype.
+            parameters' dtype, or cannot be used; a quantized base under ZeRO stage 3.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class TrainEngine:
         total_steps: int,
         deepspeed_config: Mapping[str, Any] | None = None,
         name: str = "model",
+        verify_frozen: bool = False,
     ) -> None:
         process_group.initialise()
         self.module = module
@@ -68,7 +74,13 @@ class TrainEngine:
             world_size(),
             optimizer.max_grad_norm,
         )
+        check_supported(self._settings, self._device.type)
         self.zero_stage = settings.zero_stage(self._settings)
+        if self.zero_stage == 3 and is_quantized(module):
+            raise UserError(
+                f"{name}: a base in few bits is whole on every rank, which ZeRO stage 3 does not "
+                "keep; take stage 0, 1 or 2, or leave --lora-base-bits out"
+            )
         frozen = frozen_checksum(module)
         self._guard = NonFiniteGuard(module, name, optimizer.max_bad_steps)
         self._optimizer = build_adamw(module, optimizer)
@@ -80,6 +92,7 @@ class TrainEngine:
             # A rank alone has nothing to average; DeepSpeed would still copy all gradients twice.
             self._engine.enable_backward_allreduce = False
         self._state = TrainState(module, self._engine, self._optimizer, name, frozen)
+        self._frozen = FrozenWeights(module, name) if verify_frozen else None
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +142,20 @@ class TrainEngine:
         with waiting(f"{self._name}: optimizer step"):
             self._engine.step()
             applied, norm = self._outcome()
+        self.check_frozen("training")
         self.steps += 1
         if applied:
             self._guard.good_step()
         else:
             self._guard.bad_step(expected=self._engine.fp16_enabled())
         return norm
+
+    def check_frozen(self, phase: str) -> None:
+        """Where ``verify_frozen`` is set: raises RuntimeError for a frozen weight that changed in a
+        phase, which it names.
+        """
+        if self._frozen is not None:
+            self._frozen.check(phase)
 
     def _outcome(self) -> tuple[bool, float]:
         if self._bare_norm is not None:
@@ -202,6 +223,7 @@ class TrainEngine:
                 shape = parameter.ds_shape  # type: ignore[attr-defined]
                 whole = all_gather_tensor(local[name]).flatten()
                 parameter.detach().copy_(whole[: math.prod(shape)].view(shape))
+        forget_secondary_shards(self._engine.optimizer)
 
     def gathered_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer on rank 0's CPU, gathered one at a time; empty on other ranks.

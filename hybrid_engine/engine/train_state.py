@@ -10,7 +10,6 @@ loss scale of fp16 is not among the counts: DeepSpeed trains no fp16 on a CPU.
 from __future__ import annotations
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,7 @@ class TrainState:
 
     Args:
         name: for messages.
-        frozen: from :func:`frozen_checksum`, before ZeRO-3 took the weights apart.
-
-    Raises:
-        UserError: optimizer state that cannot be saved.
+        frozen: from :func:`.frozen.frozen_checksum`, before ZeRO-3 took the weights apart.
     """
 
     def __init__(
@@ -81,8 +77,7 @@ class TrainState:
             for name, parameter in self._module.named_parameters():
                 if parameter.requires_grad:
                     self._refresh(name, parameter, saved)
-        if hasattr(self._engine.optimizer, "invalidate_secondary_tensor"):
-            self._engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies are of old values
+        forget_secondary_shards(self._engine.optimizer)
         for key, value in state["engine"].items():
             setattr(self._engine, key, value)
         return state["counts"]
@@ -125,6 +120,12 @@ class TrainState:
             )
 
 
+def forget_secondary_shards(optimizer: Any) -> None:
+    """hpZ gathers from copies that a host keeps, which must go when values are written directly."""
+    if hasattr(optimizer, "invalidate_secondary_tensor"):
+        optimizer.invalidate_secondary_tensor()
+
+
 def local_parts(parameter: Any) -> list[Part]:
     """What this rank holds of a parameter as the forward pass reads it: it, or its ZeRO-3 shard,
     and what of it is gathered at the moment.
@@ -149,13 +150,3 @@ def _differing_shapes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
             return [f"{name} was not trained, and now is"]
         return [f"{name} had the shape {saved[name]}, and now has {now[name]}"]
     return []
-
-
-def frozen_checksum(module: nn.Module) -> int:
-    """CRC-32 over names and bytes of the parameters that checkpoints leave out."""
-    checksum = 0
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            checksum = zlib.crc32(raw, zlib.crc32(name.encode(), checksum))
-    return checksum

@@ -1,7 +1,7 @@
-"""Where generation reads a module's parameters: in place, in place with adapters merged, or
-gathered.
+"""Where generation reads a module's parameters: in place, in place with adapters merged,
+dequantized, or gathered.
 
-All three have ``whole()``, inside which rollouts happen, ``tensors()``, and a ``gate`` where the
+All of them have ``whole()``, inside which rollouts happen, ``tensors()``, and a ``gate`` where the
 program waits for what is still on its way.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +21,8 @@ from hybrid_engine.engine.gather_plan import shard_of
 from hybrid_engine.engine.slices import Slices
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.errors import UserError
-from hybrid_engine.models import CausalLM, ForeignCausalLM, adapters_merged
+from hybrid_engine.models import CausalLM, ForeignCausalLM, adapters_merged, is_quantized
+from hybrid_engine.models.quantized import weight_name
 from hybrid_kernels import native_available
 
 Model = CausalLM | ForeignCausalLM
@@ -76,6 +78,31 @@ class MergedWeights(OwnWeights):
             yield
 
 
+class DequantizedWeights(OwnWeights):
+    """A module's parameters, of which quantized ones are dequantized for as long as the phase
+    lasts: the very values that the training forward computes with.
+    """
+
+    def __init__(self, model: Model, slices: Slices | None = None) -> None:
+        super().__init__(model, slices)
+        self._whole: dict[str, Tensor] = {}
+
+    def tensors(self) -> dict[str, Tensor | list[Tensor]]:
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        plain = {name: value.detach() for name, value in parameters if not weight_name(name)}
+        return {name: self._cut(name, value) for name, value in (plain | self._whole).items()}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        weights = (weight_name(name) for name, _ in self._model.named_parameters())
+        try:
+            for name in filter(None, weights):
+                self._whole[name] = attrgetter(name)(self._model).detach()
+            yield
+        finally:
+            self._whole.clear()
+
+
 WeightSource = OwnWeights | GatheredWeights
 
 
@@ -99,6 +126,8 @@ def weights_of(
         check_can_stream(merge_adapters)
     if merge_adapters:
         return MergedWeights(model, train_engine, slices)
+    if is_quantized(model):
+        return DequantizedWeights(model, slices)
     if in_shards and isinstance(model, CausalLM) and native_available():
         return GatheredWeights(model, slices, weight_bytes, kv_bytes)
     return OwnWeights(model, slices)

@@ -15,6 +15,7 @@ from .lora import (
 )
 from .packing import PackedBatch, last_rows, pack, response_rows, span_rows, unpack
 from .placing import placed
+from .quantized import is_quantized
 from .rope import rope_tables
 from .saving import save_adapter, save_model
 from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
@@ -41,6 +42,7 @@ __all__ = [
     "apply_lora",
     "compute_trunk",
     "frozen_blocks",
+    "is_quantized",
     "last_rows",
     "load_causal_lm",
     "load_scalar_model",

@@ -19,6 +19,7 @@ from .fingerprint import Fingerprint
 from .heads import CausalLM, NativeModel, ScalarModel
 from .lora import LoRAConfig, apply_lora
 from .origin import Origin, find
+from .quantized import quantize_base
 from .spec import DecoderSpec, UnsupportedFamily
 from .weight_loader import WeightLoader
 
@@ -30,20 +31,22 @@ def load_causal_lm(
     trainable_layers: int = 0,
     seed: int = 0,
     base: str | Path | None = None,
+    base_bits: int = 0,
 ) -> CausalLM | foreign.ForeignCausalLM:
     """Load a language model from a Hugging Face directory or hub name.
 
     ``trainable_layers = k > 0`` freezes all but the last k blocks and the final norm; ``lora``
     freezes all but the adapters it adds, whose A matrices are drawn from ``seed``. A PEFT adapter
     is loaded on the model that it names (or on ``base``), which is frozen; the adapter is
-    trainable. A family without a table runs through transformers, with a warning. Raises UserError
-    for anything wrong with the path or the files.
+    trainable. With ``base_bits`` 4 or 8 what lies under an adapter is quantized. A family without a
+    table runs through transformers, with a warning. Raises UserError for anything wrong with the
+    path or the files.
     """
     origin = find(path, base)
     if origin.adapter is not None and origin.adapter.classifier:
         raise UserError(f"{path}: an adapter of a sequence classifier, not of a language model")
     config = read_config(origin.directory)
-    training = _Training(lora, trainable_layers, seed)
+    training = _Training(lora, trainable_layers, seed, base_bits)
     try:
         spec = spec_from_hf(config)
     except UnsupportedFamily as reason:
@@ -64,6 +67,7 @@ def load_scalar_model(
     trainable_layers: int = 0,
     seed: int = 0,
     base: str | Path | None = None,
+    base_bits: int = 0,
 ) -> ScalarModel | foreign.ForeignScalarModel:
     """Load a reward or value model.
 
@@ -73,7 +77,7 @@ def load_scalar_model(
     """
     origin = find(path, base)
     config = read_config(origin.directory)
-    training = _Training(lora, trainable_layers, seed)
+    training = _Training(lora, trainable_layers, seed, base_bits)
     try:
         spec = spec_from_hf(config)
     except UnsupportedFamily as reason:
@@ -93,15 +97,18 @@ class _Training(NamedTuple):
     lora: LoRAConfig | None
     layers: int
     seed: int
+    base_bits: int
 
     def refuse_foreign(self, origin: Origin, reason: UnsupportedFamily) -> None:
-        if self.lora is not None or self.layers or origin.adapter is not None:
+        if self.lora is not None or self.layers or self.base_bits or origin.adapter is not None:
             raise UserError(
                 f"LoRA and trainable_layers need a family with a native decoder, and this one has "
                 f"none: {reason}; train all weights or choose another model"
             ) from reason
 
     def check(self, origin: Origin) -> None:
+        if self.base_bits and self.lora is None and origin.adapter is None:
+            raise UserError(f"a base in {self.base_bits} bits cannot be trained; add an adapter")
         if self.lora is not None and self.layers:
             raise UserError("lora and trainable_layers are both set; choose one")
         if origin.adapter is not None and (self.lora is not None or self.layers):
@@ -136,6 +143,8 @@ def _fill(model: NativeModel, config: Any, origin: Origin, training: _Training) 
         apply_lora(model, training.lora, training.seed)
     elif training.layers:
         train_top_layers(model, training.layers)
+    if training.base_bits:
+        quantize_base(model, training.base_bits)
 
 
 def read_config(directory: Path) -> Any:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hybrid_engine.errors import UserError
 from hybrid_kernels import ops
@@ -28,7 +29,8 @@ class LoRAConfig:
         r: rank.
         alpha: scale is alpha / r.
         dropout: of the low-rank term's input, in training mode alone.
-        target_modules: layers by transformers' names (q_proj, c_attn, ...), or "all-linear".
+        target_modules: layers by transformers' names (q_proj, c_attn, ...), regular expressions of
+            whole names, or "all-linear".
         use_rslora: scale is alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
@@ -142,8 +144,13 @@ def adapters_merged(model: nn.Module) -> Iterator[None]:
 
     Afterwards every weight has the bits that it had before: what rounding took is kept meanwhile,
     a byte a weight. Weights and factors must not change inside.
+
+    Raises:
+        UserError: a quantized base.
     """
     merged = [linear for _, linear in adapted_linears(model) if linear.lora_enabled]
+    if any(parametrize.is_parametrized(linear, "weight") for linear in merged):
+        raise UserError("adapters cannot be merged into a quantized base; generate unmerged")
     records = []
     with adapters_disabled(model):
         try:

@@ -7,6 +7,7 @@ gate|up): each keeps a pair of factors of its own there. Where transformers has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ def adaptable(spec: DecoderSpec) -> list[Place]:
 
 
 def select(places: Sequence[Place], targets: Iterable[str]) -> list[Place]:
-    """The places that ``targets`` name, by PEFT's rule: a whole name, or the end of one after a
-    dot. "all-linear" names them all.
+    """The places that ``targets`` name, by PEFT's rules: a whole name, the end of one after a dot,
+    or a regular expression of a whole name. "all-linear" names them all.
 
     Raises:
         UserError: a target that names none.
@@ -58,7 +59,8 @@ def select(places: Sequence[Place], targets: Iterable[str]) -> list[Place]:
         if target != ALL_LINEAR and not any(_names(target, place) for place in places):
             raise UserError(
                 f"LoRA target {target!r} is no linear layer of this model's blocks; give "
-                f"{ALL_LINEAR}, or some of {', '.join(_leaves(places))}"
+                f"{ALL_LINEAR}, some of {', '.join(_leaves(places))}, or a regular "
+                f"expression of whole names such as {places[0].module}"
             )
     return [p for p in places if ALL_LINEAR in targets or any(_names(t, p) for t in targets)]
 
@@ -79,7 +81,12 @@ def target_modules(places: Sequence[Place], chosen: Iterable[Place]) -> list[str
 
 
 def _names(target: str, place: Place) -> bool:
-    return place.module == target or place.module.endswith("." + target)
+    if place.module == target or place.module.endswith("." + target):
+        return True
+    try:
+        return re.fullmatch(target, place.module) is not None
+    except re.error:
+        return False
 
 
 def _leaves(places: Iterable[Place]) -> list[str]:

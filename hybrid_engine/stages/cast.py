@@ -113,7 +113,9 @@ def assemble(
     ]
     natives = [model for model in everyone if isinstance(model, (CausalLM, ScalarModel))]
     shared = 0
-    if len(natives) == len(everyone) and run.zero_stage < 3:
+    # Equal codes under unequal scales would pass for equal weights.
+    plain = run.zero_stage < 3 and not config.model.lora_base_bits
+    if len(natives) == len(everyone) and plain:
         shared = share_frozen_trunk(natives)
     policy = run.train_engine(actor, config.rlhf.actor_optimizer, steps.actor, "actor")
     critic_engine = None

@@ -34,9 +34,9 @@ def run_ranks(function: str, world_size: int, *arguments: str, timeout: float = 
     )
 
 
-def results_of(function: str, world_size: int, directory: Path) -> list:
+def results_of(function: str, world_size: int, directory: Path, timeout: float = 300.0) -> list:
     """What each rank's call `function(directory)` returned, as JSON, in rank order."""
-    done = run_ranks(function, world_size, str(directory))
+    done = run_ranks(function, world_size, str(directory), timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world_size)]
 

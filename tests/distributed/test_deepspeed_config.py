@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.engine.deepspeed_config import complete, read_user_json, zero_stage
+from hybrid_engine.engine.deepspeed_limits import check_supported
+from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.errors import UserError
 
 
@@ -70,6 +74,36 @@ def test_auto_means_ours(tmp_path):
 def test_mistakes_are_explained(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         read_user_json(write(tmp_path, settings))
+
+
+@pytest.mark.parametrize(
+    "zero, message",
+    [
+        ({"zero_quantized_weights": True}, "zero_quantized_weights to True: DeepSpeed quantizes"),
+        ({"zero_quantized_gradients": True}, "zero_quantized_gradients to True"),
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights to"),
+        ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device to nvme: opt.*cpu"),
+        ({"offload_param": {"device": "nvme"}}, "offload_param.device to nvme: generation"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio to 0.5"),
+        ({"stage": 1, "overlap_comm": True}, "overlap_comm to True"),
+        ({"stage3_module_granularity_threshold": 5}, "stage3_module_granularity_threshold to 5"),
+        ({"mics_shard_size": 2}, "mics_shard_size to 2: DeepSpeed has removed it"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(zero, message):
+    """Instead of failing later: each of these ends in an exception of DeepSpeed's, or in ours."""
+    settings = {"zero_optimization": {"stage": 3, **zero}}
+    with pytest.raises(UserError, match=r"configuration sets zero_optimization\." + message):
+        TrainEngine(nn.Linear(2, 1), OptimizerConfig(), 10, settings)
+
+
+def test_what_can_be_used_is_not_refused():
+    offload = {"device": "cpu", "ratio": 1.0, "pin_memory": True}
+    for stage in (2, 3):
+        zero = {"stage": stage, "offload_optimizer": offload, "overlap_comm": True}
+        check_supported({"zero_optimization": zero}, "cpu")
+    check_supported({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "cuda")
+    check_supported({}, "cpu")
 
 
 def test_a_missing_file_is_explained(tmp_path):

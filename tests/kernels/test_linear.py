@@ -186,3 +186,37 @@ def test_half_precision_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(RuntimeWarning, match="linear: no native kernel for torch.bfloat16 on cpu"):
         y = ops.linear(x, weight, bias)
     assert_as_accurate(y, reference.linear(x.double(), weight.double(), bias.double()), y)
+
+
+@pytest.mark.parametrize("of_input", [False, True], ids=["", "input-gradient"])
+@pytest.mark.parametrize("splits", [None, (7, 1, 12)], ids=["plain", "adapted"])
+@pytest.mark.parametrize("rows", [0, 1, 33])
+def test_a_computed_weight_is_asked_for_again(rows: int, splits, of_input: bool) -> None:
+    """The bits of `linear`, gradients included, without the weight among what is saved."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 9, generator=rng), torch.randn(20, 9, generator=rng)
+    bias = torch.randn(20, generator=rng)
+    factors = [] if splits is None else [torch.randn(6, 9, generator=rng), torch.randn(20, 2)]
+    wanted = [*([x] if of_input else []), *factors]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    scale = [] if splits is None else [0.5, splits]
+    asked, saved = [], []
+
+    def weight_of() -> torch.Tensor:
+        asked.append(weight.clone())
+        return asked[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        ours = ops.linear_recomputed(weight_of, x, bias, *factors, *scale)
+    theirs = ops.linear(x, weight, bias, *factors, *scale)
+    assert_same_bits(ours, theirs)
+    assert weight.shape not in saved
+    if wanted:
+        upstream = torch.randn(rows, 20, generator=rng)
+        pairs = (torch.autograd.grad(y, wanted, upstream) for y in (ours, theirs))
+        for mine, other in zip(*pairs, strict=True):
+            assert_same_bits(mine, other)
+    assert len(asked) == 1 + of_input

@@ -68,12 +68,18 @@ def test_targets_are_names_of_transformers(tmp_path: Path) -> None:
     assert [p.linear.removeprefix("decoder.blocks.") for p in few] == [
         *("0.qkv", "0.mlp_in", "1.qkv", "1.attn_out", "1.mlp_in", "2.qkv", "2.mlp_in")
     ]
+    assert select(llama, [r"model\.layers\.[02]\..*(q_proj|up_proj)"]) == [
+        p for p in llama if ".1." not in p.module and p.module.endswith(("q_proj", "up_proj"))
+    ]
     assert target_modules(llama, few) == [*("model.layers.1.self_attn.o_proj", "q_proj", "up_proj")]
     # GPT-2 has two layers called c_proj in each block.
     assert target_modules(gpt2, select(gpt2, ["c_proj"])) == ["c_proj"]
     assert target_modules(gpt2, select(gpt2, ["attn.c_proj"])) == ["attn.c_proj"]
     with pytest.raises(UserError, match="LoRA target 'qkv' is no linear layer.*some of q_proj, k"):
         select(llama, ["q_proj", "qkv"])
+    for wrong in ("layers", "[qkv", "layers.*q_proj"):  # a part of a name is none
+        with pytest.raises(UserError, match="regular expression of whole names such as model"):
+            select(llama, [wrong])
     with pytest.raises(UserError, match="'lm_head'"):
         load_causal_lm(tmp_path / "llama", lora=LoRAConfig(target_modules=("lm_head",)))
 

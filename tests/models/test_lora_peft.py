@@ -117,6 +117,37 @@ def test_our_adapter_in_peft(layout: str, targets, rslora: bool, tmp_path: Path)
     assert again.adapter.places == model.adapter.places
 
 
+@pytest.mark.parametrize("layout", ["llama-tied", "opt", "gpt2"])
+def test_a_bfloat16_adapter_in_peft(layout: str, tmp_path: Path) -> None:
+    """Its numbers are the same on both sides; on a base in float32 so are the sums."""
+    save_causal(layout, tmp_path / "base")
+    model = load_causal_lm(tmp_path / "base", "bfloat16", LoRAConfig(4, 8.0, use_rslora=True))
+    randomise([p for p in model.parameters() if p.requires_grad])
+    save_adapter(model, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert gap(model, load_causal_lm(tmp_path / "adapter", "bfloat16")) == 0.0
+    ours = load_causal_lm(tmp_path / "adapter")
+    peer = in_peft(tmp_path / "base", tmp_path / "adapter")
+    assert worst_logit_gap(ours, peer, ragged(), "left") < CLOSE
+    assert gap(ours, load_causal_lm(tmp_path / "base")) > FAR
+
+
+def test_a_regular_expression_is_pefts(tmp_path: Path) -> None:
+    save_causal("llama", tmp_path / "base")
+    expression = r"model\.layers\.[02]\..*(q_proj|up_proj)"
+    model = ours_with_adapter(tmp_path / "base", LoRAConfig(2, 4.0, target_modules=(expression,)))
+    peer = theirs_with_adapter(
+        tmp_path / "base", task_type="CAUSAL_LM", r=2, target_modules=expression
+    )
+    adapted = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in peer.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert adapted == {place.module for place in model.adapter.places}
+
+
 @pytest.mark.parametrize("targets", [ALL, SOME], ids=["all", "some"])
 @pytest.mark.parametrize("layout", FAMILIES)
 def test_an_adapter_of_pefts(layout: str, targets, tmp_path: Path) -> None:

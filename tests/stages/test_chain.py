@@ -55,6 +55,13 @@ def test_generation_and_training_agree_exactly_in_every_iteration(trained):
     assert len(set(column(metrics(trained, "rlhf"), "response_length"))) > 1
 
 
+def test_so_they_do_in_bfloat16(trainer, tmp_path):
+    output = trainer.having({"model.dtype": "bfloat16"})(tmp_path)
+    assert column(metrics(output, "rlhf"), "first_log_ratio") == [0.0, 0.0, 0.0]
+    saved = AutoModelForCausalLM.from_pretrained(output / "rlhf/actor", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+
+
 def test_steps_one_by_one_equal_one_run(trainer, trained, tmp_path):
     for step in ("1", "2", "3"):
         trainer(tmp_path, "--steps", step)

@@ -137,7 +137,7 @@ def too_long_a_warmup(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[st
 
 
 def half_precision_without_gpu(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:
-    return trainer.having({"dtype": "bfloat16"}), [], "generates with float32 weights on a CPU"
+    return trainer.having({"dtype": "float16"}), [], "float16 cannot be trained on a CPU"
 
 
 def ranks_that_do_not_divide(trainer: Trainer, scratch: Path) -> tuple[Trainer, list[str], str]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_engine.models import (
     adapted_linears,
+    is_quantized,
     last_rows,
     load_causal_lm,
     load_scalar_model,
@@ -23,6 +24,7 @@ from hybrid_engine.models import (
 )
 from hybrid_engine.stages import cast as cast_module
 from hybrid_engine.stages import rlhf
+from hybrid_kernels import ops
 from hybrid_kernels.nn import linear as linear_module
 from tests.stages.runs import check_close, column, files, metrics
 
@@ -151,6 +153,40 @@ def test_adapters_merged_while_generating(trainer, tmp_path, casts, zero_stage):
     lines = metrics(output, "rlhf")
     assert lines[0]["first_log_ratio"] == 0.0  # B is zero still
     assert 0 < max(column(lines, "first_log_ratio")) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_frozen_weights_may_be_watched(trainer, tmp_path, monkeypatch, capsys, dtype):
+    """--verify-frozen: a run whose merged weights are not taken out again ends at that rollout."""
+    settings = {"model.lora_r": 4, "model.verify_frozen": True, "model.dtype": dtype}
+    settings["rlhf.generation.merge_adapters"] = True
+    output = trainer.having(settings)(tmp_path)
+    assert len(metrics(output, "rlhf")) == 3
+    monkeypatch.setattr(ops, "lora_unmerge_", lambda *_: None)
+    trainer.having(settings)(tmp_path, "--steps", "3", "--overwrite", expect=1)
+    assert len(metrics(output, "rlhf")) == 1  # B was zero in the first rollout
+    assert "actor: the frozen weight decoder.blocks.0.qkv.weight has changed" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_a_base_in_few_bits(trainer, tmp_path, casts, bits):
+    pytest.importorskip("bitsandbytes")
+    settings = {"model.lora_r": 4, "model.lora_base_bits": bits, "model.verify_frozen": True}
+    output = trainer.having(settings)(tmp_path, "--zero-stage", "2")
+    assert column(metrics(output, "rlhf"), "first_log_ratio") == [0.0, 0.0, 0.0]
+    assert metrics(output, "rlhf")[0]["kl"] == 0.0
+    for model in (casts[0].actor.model, casts[0].critic.module):
+        assert all(
+            p.dtype == torch.uint8 for n, p in model.named_parameters() if n.endswith("original")
+        )
+        assert is_quantized(model)
+    saved = output / "rlhf/actor"  # on the base as it was before it was quantized
+    again = load_causal_lm(saved, base_bits=bits)
+    assert torch.equal(logprobs(again), logprobs(casts[0].actor.model))
+    refused = trainer.having(settings)
+    refused(tmp_path / "sharded", "--zero-stage", "3", expect=2)
 
 
 def test_dropout_acts_in_the_supervised_steps_alone(trainer, tmp_path):

@@ -61,9 +61,11 @@ def test_every_step_on_another_number_of_ranks(stateful, alone, tmp_path, stage,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("adapters", [(), ("--lora-r", "4", "--lora-dropout", "0.2")], ids=len)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_as_many_ranks_resume_to_the_same_bits(stateful, tmp_path, stage):
-    flags = ("--zero-stage", str(stage))
+def test_as_many_ranks_resume_to_the_same_bits(stateful, tmp_path, stage, adapters):
+    """With the random states of every rank, which dropout reads."""
+    flags = ("--zero-stage", str(stage), *adapters)
     go_on(stateful, tmp_path / "whole", 2, *flags)
     go_on(stateful, tmp_path / "parts", 2, *flags, die="sft 3")
     go_on(stateful, tmp_path / "parts", 2, "--resume", *flags, die="reward 3")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hybrid_kernels import ops
 
@@ -110,12 +112,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` to ``[..., N]``."""
         if self.lora_a is None or not self.lora_enabled:
-            return ops.linear(x, self.weight, self.bias)
+            return self._product(x)
         if self.training and self.lora_dropout > 0:
-            return ops.linear(x, self.weight, self.bias) + self._dropped_term(x)
-        return ops.linear(
-            x, self.weight, self.bias, self.lora_a, self.lora_b, self.lora_scale, self.lora_splits
-        )
+            return self._product(x) + self._dropped_term(x)
+        return self._product(x, self.lora_a, self.lora_b, self.lora_scale, self.lora_splits)
+
+    def _product(self, x: Tensor, *adapter: Any) -> Tensor:
+        if parametrize.is_parametrized(self, "weight"):  # computed, from a quantized one
+            return ops.linear_recomputed(lambda: self.weight, x, self.bias, *adapter)
+        return ops.linear(x, self.weight, self.bias, *adapter)
 
     def _dropped_term(self, x: Tensor) -> Tensor:
         """``scale B A dropout(x)``. The parts of a fused layer see the same zeros."""

@@ -11,7 +11,7 @@ from hybrid_kernels.ops.attention import (
 )
 from hybrid_kernels.ops.gather import unshard_
 from hybrid_kernels.ops.head import linear_sample, linear_token_logprobs
-from hybrid_kernels.ops.linear import linear, linear_activation, matmul
+from hybrid_kernels.ops.linear import linear, linear_activation, linear_recomputed, matmul
 from hybrid_kernels.ops.lora import MergeRecord, lora_merge, lora_merge_, lora_unmerge_
 from hybrid_kernels.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from hybrid_kernels.ops.rlhf import (
@@ -43,6 +43,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_activation",
+    "linear_recomputed",
     "linear_sample",
     "linear_token_logprobs",
     "lora_merge",

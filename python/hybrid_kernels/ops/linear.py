@@ -9,7 +9,8 @@ number of rows runs one Triton kernel (`ops._exact`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,6 +137,26 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.hybrid_kernels.matmul(a, b)
 
 
+def linear_recomputed(
+    weight_of: Callable[[], Tensor],
+    x: Tensor,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    lora_splits: Sequence[int] | None = None,
+) -> Tensor:
+    """`linear` with a frozen weight that is computed, and not kept until the backward pass.
+
+    Args:
+        weight_of: the weight ``[N, K]``, the same bits at every call: once now, and once more where
+            ``x`` wants a gradient. Nothing is differentiated through it, or through ``bias``.
+    """
+    return _Recomputed.apply(
+        weight_of, x, bias, lora_a, lora_b, lora_scale, list(lora_splits or ())
+    )
+
+
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -202,6 +223,41 @@ def _fake_activation(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 register("linear_activation", _fake_activation, half_on_cuda=True)
 register("linear", _fake, setup_context=_setup, backward=_backward, half_on_cuda=True)
 register("matmul", lambda a, b: a.new_empty((a.shape[0], b.shape[1])), half_on_cuda=True)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_of: Callable[[], Tensor],
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        lora_scale: float,
+        lora_splits: list[int],
+    ) -> Tensor:
+        weight = weight_of()
+        ctx.weight_of, ctx.lora_scale = weight_of, lora_scale
+        ctx.lora_splits = lora_splits or [weight.shape[0]]
+        wants_adapter = lora_a is not None and any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(x if wants_adapter else None, lora_a, lora_b)
+        return linear(x, weight, bias, lora_a, lora_b, lora_scale, lora_splits or None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_a, lora_b = ctx.saved_tensors
+        _, wants_x, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+        weight = ctx.weight_of() if wants_x else None
+        whole = SimpleNamespace(
+            saved_tensors=(x, weight, lora_a, lora_b),
+            needs_input_grad=(wants_x, False, False, wants_a, wants_b),
+            lora_scale=ctx.lora_scale,
+            lora_splits=ctx.lora_splits,
+        )
+        grad_x, _, _, grad_a, grad_b, *_ = _backward(whole, grad_y)
+        return None, grad_x, None, grad_a, grad_b, None, None
 
 
 # Triton's kernel has the same backward; its sums may come unrounded, in float32.
