@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 from hybrid_engine.config import RunConfig
+from hybrid_engine.distributed.collectives import world_size
 from hybrid_engine.distributed.subgroup import check_divides
 from hybrid_engine.engine.slices import slice_decoder
 from hybrid_engine.engine.tensor_parallel import NEEDS, SETTING
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import UnsupportedFamily
 from hybrid_engine.models.checkpoint_io import context_of, spec_of
+from hybrid_engine.plan import plan_run
+from hybrid_engine.plan.planner import checked
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
 from hybrid_kernels import native_available
@@ -30,6 +33,22 @@ def check(run: Run) -> None:
         check_step_3(run, zero_stage)
     elif {1, 2} <= set(run.config.steps):
         check_scorer(run, build_rewards(run.config.judge).needs_model)
+    check_memory(run)
+
+
+def check_memory(run: Run) -> None:
+    """Plans the steps that are still to be run, and says whether they fit."""
+    steps = tuple(step for step in run.config.steps if not run.finished(step))
+    if not steps:
+        return
+    plan = plan_run(run.config, world_size(), steps)
+    if plan is None:
+        run.reporter.note("memory: not planned, as a model runs through transformers' own module")
+        return
+    for line in plan.lines():
+        run.reporter.note(line)
+    run.reporter.planned = plan
+    checked(plan, run.config.memory_check, run.reporter.warn)
 
 
 def check_step_3(run: Run, zero_stage: int) -> None:
