@@ -2,18 +2,20 @@
 
 from .holdings import Holding, StepPlan, gigabytes
 from .limits import Limits, memory_limits
-from .measure import PhasePeaks, give_back_freed
-from .planner import RunPlan, free_for_generation, plan_run
+from .planner import NOT_PLANNED, RunPlan, checked, free_for_generation, out_of_memory, plan_run
+from .process import give_back_freed
 
 __all__ = [
+    "NOT_PLANNED",
     "Holding",
     "Limits",
-    "PhasePeaks",
     "RunPlan",
     "StepPlan",
+    "checked",
     "free_for_generation",
     "gigabytes",
     "give_back_freed",
     "memory_limits",
+    "out_of_memory",
     "plan_run",
 ]

@@ -18,15 +18,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = cli.parse(list(sys.argv[1:] if argv is None else argv))
         from hybrid_engine.distributed.device import use_device
-        from hybrid_engine.plan.planner import plan_run
+        from hybrid_engine.plan.planner import NOT_PLANNED, plan_run
 
         use_device(config.model.device)
         plan = plan_run(config, ranks=max(config.num_gpus, 1))
         if plan is None:
-            raise UserError(
-                "nothing can be planned: a model of this run goes through transformers' own "
-                "module, or there is no compiler for the native program"
-            )
+            raise UserError(f"nothing can be planned: {NOT_PLANNED}")
         for line in plan.lines():
             print(line)
         if plan.impossible or plan.tight:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 ALWAYS = "*"  # at every moment of the step but those of loading
 LOAD = "load"
+PHASES = (LOAD, "evaluate", "generate", "score", "train")
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class StepPlan:
 
     @property
     def phases(self) -> list[str]:
-        """In the order of their declaration."""
-        moments = (moment for holding in self.holdings for moment in holding.at)
-        return list(dict.fromkeys(m.partition(".")[0] for m in moments if m != ALWAYS))
+        """In the order of the run."""
+        there = {moment.partition(".")[0] for holding in self.holdings for moment in holding.at}
+        return [phase for phase in PHASES if phase in there]
 
     def peak(self, phase: str) -> int:
         """Bytes at the largest moment of a phase, the baseline included."""
@@ -75,10 +76,6 @@ class StepPlan:
     def moment(self, phase: str) -> str:
         """The largest moment of a phase."""
         return max(self._moments(phase), key=lambda moment: self._total(moment, self.holdings))
-
-    @property
-    def largest_phase(self) -> str:
-        return max(self.phases, key=self.peak)
 
     def top(self, phase: str, count: int = 4) -> list[tuple[Holding, int]]:
         """The largest holders at the largest moment of a phase, with their bytes."""

@@ -44,16 +44,16 @@ def memory_limits(planned: float = 0.0) -> Limits:
     if planned:
         return Limits(int(planned), int(planned), "--memory-limit")
     if compute_device().type == "cuda":
-        free, whole = torch.cuda.mem_get_info()
-        return Limits(whole, free, "the GPU's memory")
+        left, most = torch.cuda.mem_get_info()
+        return Limits(most, left, "the GPU's memory")
     ranks = rank_env().local_world_size
     own = psutil.Process().memory_info().rss
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     whole = [((memory.total + swap.total) // ranks, "the machine's memory and swap")]
     free = [memory.available // ranks + own]
-    for most, used in cgroup_limits():
-        whole.append((most // ranks, "the container's memory limit"))
-        free.append(max(most - used, 0) // ranks + own)
+    for limit, used in cgroup_limits():
+        whole.append((limit // ranks, "the container's memory limit"))
+        free.append(max(limit - used, 0) // ranks + own)
     hard, source = min(whole + process_limits(own))
     return Limits(hard, min(hard, *free), source)
 

@@ -10,12 +10,14 @@ from hybrid_engine.config import RunConfig
 from hybrid_engine.engine.deepspeed_config import settings_of
 from hybrid_engine.engine.train_engine import load_deepspeed
 from hybrid_engine.errors import UserError
-from hybrid_engine.models import UnsupportedFamily
+from hybrid_engine.models import UnsupportedFamily, load_tokenizer
 from hybrid_kernels import native_available
 
 from .holdings import StepPlan, gigabytes
 from .limits import Limits, memory_limits
-from .measure import resident_bytes
+from .oom import is_out_of_memory
+from .process import resident_bytes
+from .sources import model_directory
 from .steps import Planner
 from .verdict import Knob, advice, at_least, at_most, describe, holders, knobs_of
 
@@ -32,6 +34,10 @@ class RunPlan:
     def step(self, name: str) -> StepPlan | None:
         """ "sft", "reward" or "rlhf", if the run has it."""
         return next((plan for plan in self.steps if plan.step == name), None)
+
+    def bytes(self) -> dict[str, dict[str, int]]:
+        """Peaks by step and phase."""
+        return {p.step: {phase: p.peak(phase) for phase in p.phases} for p in self.steps}
 
     def lines(self) -> list[str]:
         return describe(self.steps, self.limits)
@@ -56,7 +62,7 @@ class RunPlan:
             limit, what, bound = self.limits.free, "what is free now", "up to"
         return (
             f"does not fit: {plan.step} needs {bound} {gigabytes(needed)} a rank while it "
-            f"{_DOING.get(phase, phase)}s, which is more than {gigabytes(limit)}, {what} "
+            f"{phase}s, which is more than {gigabytes(limit)}, {what} "
             f"({holders(plan, phase)}); {self._what_to_turn(limit)}"
         )
 
@@ -77,20 +83,11 @@ class RunPlan:
     def _planned(self, config: RunConfig) -> tuple[StepPlan, ...]:
         return _steps(config, self.ranks, self.steps[0].baseline)
 
-    def out_of_memory(self, step: str, phase: str) -> str:
-        """What to say when it happened all the same."""
-        plan = self.step(step)
-        if plan is None or phase not in plan.phases:
-            return f"out of memory in {step} while in phase {phase!r}"
-        options = " or ".join(knobs_of(plan, phase)[:4])
-        return (
-            f"out of memory in {step} while it {_DOING.get(phase, phase)}s, for which up to "
-            f"{gigabytes(plan.peak(phase))} were planned and {gigabytes(self.limits.free)} were "
-            f"free when it began; the largest: {holders(plan, phase)}. Turn {options}"
-        )
 
-
-_DOING = {"load": "load"}  # phases are verbs
+_FIRST_USE = 25_000_000  # of libraries, by the first step's end: measured, 24 MB
+NOT_PLANNED = (
+    "a model runs through transformers' own module, or there is no compiler for the native program"
+)
 
 
 def plan_run(config: RunConfig, ranks: int, steps: tuple[int, ...] | None = None) -> RunPlan | None:
@@ -118,13 +115,14 @@ def _steps(config: RunConfig, ranks: int, process: int) -> tuple[StepPlan, ...]:
 
 
 def baseline(config: RunConfig) -> int:
-    """Resident bytes of this process with all libraries that a run loads, measured; 0 for a GPU,
+    """Resident bytes of this process with the libraries that a run loads, measured; 0 for a GPU,
     whose tensors are planned alone.
     """
     if config.model.device != "cpu":
         return 0
     load_deepspeed()
-    return resident_bytes()
+    load_tokenizer(model_directory(config.model.actor_model))  # brings most of transformers
+    return resident_bytes() + _FIRST_USE
 
 
 def free_for_generation(plan: StepPlan, limits: Limits) -> int:
@@ -149,3 +147,21 @@ def checked(plan: RunPlan, check: str, warn: Callable[[str], None]) -> None:
         raise UserError(f"{plan.complaint()}. --memory-check warn tries all the same")
     if plan.impossible or plan.tight:
         warn(plan.complaint())
+
+
+def out_of_memory(error: BaseException, plan: RunPlan, step: str, phase: str) -> UserError | None:
+    """What to say of an allocation that failed in a phase of a step: the phase, the largest
+    holders, the knobs. None for any other error.
+    """
+    if not is_out_of_memory(error):
+        return None
+    where, planned = f"out of memory in {step or 'the run'}", plan.step(step)
+    if planned is None or phase not in planned.phases:
+        return UserError(f"{where} ({phase or 'between phases'}): {error}")
+    options = " or ".join(knobs_of(planned, phase)[:4])
+    return UserError(
+        f"{where}, phase {phase}: up to {gigabytes(planned.peak(phase))} were planned for it, and "
+        f"{gigabytes(plan.limits.free)} were free at the start. The largest holders: "
+        f"{holders(planned, phase)}. Turn down {options}; python -m hybrid_engine.plan says what "
+        "fits, and --resume continues from the last checkpoint"
+    )

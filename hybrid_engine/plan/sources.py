@@ -113,9 +113,14 @@ class Sources:
         return model_size(spec, self._model.dtype, origins, scalar=scalar, frozen=frozen)
 
 
-def _spec(name: str) -> DecoderSpec:
+def model_directory(name: str) -> Path:
+    """Where the model that a setting names has its config.json; an adapter's is its base's."""
     if name == "demo":
         from hybrid_engine.data.demo import ensure_demo_model
 
-        return spec_of(ensure_demo_model())
-    return spec_of(find(name).directory)
+        return ensure_demo_model()
+    return find(name).directory
+
+
+def _spec(name: str) -> DecoderSpec:
+    return spec_of(model_directory(name))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +15,6 @@ from hybrid_engine.distributed.device import compute_device
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _SAMPLING_SECONDS = 0.01
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-_MMAP_FROM = 1 << 20
-_TRIM_FROM = 1 << 26
 
 
 class Gauge(Protocol):
@@ -108,6 +103,7 @@ class PhasePeaks:
     def __init__(self, gauge: Gauge | None = None) -> None:
         self._gauge = gauge
         self._running: list[int] = []  # each phase's peak until an inner one began
+        self._recent: dict[str, int] = {}  # since the last take()
         self.bytes: dict[str, int] = {}
 
     @property
@@ -123,7 +119,17 @@ class PhasePeaks:
         finally:
             self._mark()
             peak = self._running.pop()
-            self.bytes[name] = max(self.bytes.get(name, 0), peak)
+            for peaks in (self.bytes, self._recent):
+                peaks[name] = max(peaks.get(name, 0), peak)
+
+    def begin(self) -> None:
+        """Forgets the phases of an earlier stage; what ran since it ended belongs to this one."""
+        self.bytes = dict(self._recent)
+
+    def take(self) -> dict[str, int]:
+        """Peaks since the last call."""
+        recent, self._recent = self._recent, {}
+        return recent
 
     def _mark(self) -> None:
         gauge = self._open()
@@ -135,23 +141,3 @@ class PhasePeaks:
         if self._gauge is None:
             self._gauge = gauge_here()
         return self._gauge
-
-
-def give_back_freed() -> bool:
-    """Makes glibc return every freed tensor of a mebibyte or more to the operating system.
-
-    By default it keeps what it has mapped once, up to 32 MiB a piece, and fits the next tensors
-    into the holes: a training step then takes a third more than its tensors, and generating, which
-    has other sizes, begins with all of that still resident. Returns whether this is glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM) and mallopt(_M_TRIM_THRESHOLD, _TRIM_FROM))
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    return int(psutil.Process().memory_info().rss)
