@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -29,33 +30,33 @@ from hybrid_engine.report.memory import KernelGauge
 
 ROWS, LENGTH = 1024, 128
 PLAIN = dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), True)
-SHAPES = {
-    "llama": dict(
-        vocab_size=6000, hidden_size=320, num_layers=6, heads=8, kv_heads=4, head_dim=40,
-        intermediate_size=900, norm="rms_norm", positions="rotary", rope=RopeSpec(1e4, 40),
-        activation="silu", gated_mlp=True,
-    ),
-    "gpt2": dict(
-        vocab_size=9000, hidden_size=256, num_layers=8, heads=4, kv_heads=4, head_dim=64,
-        intermediate_size=1024, norm="layer_norm", positions="learned", activation="gelu_tanh",
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 6000, "hidden_size": 320, "num_layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 40,
+        "intermediate_size": 900, "norm": "rms_norm", "positions": "rotary", "rope": RopeSpec(1e4, 40),
+        "activation": "silu", "gated_mlp": True,
+    },
+    "gpt2": {
+        "vocab_size": 9000, "hidden_size": 256, "num_layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 64,
+        "intermediate_size": 1024, "norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh",
         **PLAIN,
-    ),
-    "opt": dict(
-        vocab_size=4000, hidden_size=448, num_layers=4, heads=7, kv_heads=7, head_dim=64,
-        intermediate_size=1792, norm="layer_norm", positions="learned", position_offset=2,
-        activation="relu", **PLAIN,
-    ),
+    },
+    "opt": {
+        "vocab_size": 4000, "hidden_size": 448, "num_layers": 4, "heads": 7, "kv_heads": 7, "head_dim": 64,
+        "intermediate_size": 1792, "norm": "layer_norm", "positions": "learned", "position_offset": 2,
+        "activation": "relu", **PLAIN,
+    },
 }  # fmt: skip
 
 
 def spec_of(family: str, **other: int) -> DecoderSpec:
     shape = SHAPES[family]
     width = shape["hidden_size"]
-    common = dict(
+    spec = DecoderSpec(
         family=family, embed_dim=width, max_positions=512, norm_eps=1e-5, attention_scale=0.125,
-        tied_head=True,
+        tied_head=True, **shape,
     )  # fmt: skip
-    return dataclasses.replace(DecoderSpec(**common, **shape), **other)
+    return dataclasses.replace(spec, **other)
 
 
 def model_of(spec: DecoderSpec, variant: str) -> CausalLM:
