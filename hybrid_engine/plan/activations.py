@@ -57,7 +57,8 @@ class Activations:
             return final * self.width
         if self.checkpointing:  # residual stream and delta enter each block
             return ((2 * blocks - 1) * spec.hidden_size * rows + final) * self.width
-        return (blocks - 1) * self.block() + self.block(last=True) + final * self.width
+        kept = (blocks - 1) * self.block() + self.block(last=True) + final * self.width
+        return kept - (self._entering() if self.model.lora_columns else 0)
 
     def block(self, last: bool = False) -> int:
         """What one block keeps; what follows the last one's attention runs on scored rows alone."""
@@ -110,6 +111,11 @@ class Activations:
                 spec.hidden_size + 5 * spec.q_size
             ) // 4  # masks; the output has two readers
         return per_row
+
+    def _entering(self) -> int:
+        """What the first block's norm would keep: nothing, if neither it nor what it reads learns."""
+        statistics = 1 if self.spec.norm == "rms_norm" else 2
+        return (self.spec.hidden_size + statistics) * self.shape.rows * self.width
 
     def _mlp(self) -> int:
         """Residual stream and normed rows, what the activation reads and what it gives."""

@@ -32,21 +32,47 @@ ROWS, LENGTH = 1024, 128
 PLAIN = dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), True)
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
-        "vocab_size": 6000, "hidden_size": 320, "num_layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 40,
-        "intermediate_size": 900, "norm": "rms_norm", "positions": "rotary", "rope": RopeSpec(1e4, 40),
-        "activation": "silu", "gated_mlp": True,
+        "vocab_size": 6000,
+        "hidden_size": 320,
+        "num_layers": 6,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 40,
+        "intermediate_size": 900,
+        "norm": "rms_norm",
+        "positions": "rotary",
+        "rope": RopeSpec(1e4, 40),
+        "activation": "silu",
+        "gated_mlp": True,
     },
     "gpt2": {
-        "vocab_size": 9000, "hidden_size": 256, "num_layers": 8, "heads": 4, "kv_heads": 4, "head_dim": 64,
-        "intermediate_size": 1024, "norm": "layer_norm", "positions": "learned", "activation": "gelu_tanh",
+        "vocab_size": 9000,
+        "hidden_size": 256,
+        "num_layers": 8,
+        "heads": 4,
+        "kv_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+        "norm": "layer_norm",
+        "positions": "learned",
+        "activation": "gelu_tanh",
         **PLAIN,
     },
     "opt": {
-        "vocab_size": 4000, "hidden_size": 448, "num_layers": 4, "heads": 7, "kv_heads": 7, "head_dim": 64,
-        "intermediate_size": 1792, "norm": "layer_norm", "positions": "learned", "position_offset": 2,
-        "activation": "relu", **PLAIN,
+        "vocab_size": 4000,
+        "hidden_size": 448,
+        "num_layers": 4,
+        "heads": 7,
+        "kv_heads": 7,
+        "head_dim": 64,
+        "intermediate_size": 1792,
+        "norm": "layer_norm",
+        "positions": "learned",
+        "position_offset": 2,
+        "activation": "relu",
+        **PLAIN,
     },
-}  # fmt: skip
+}
 
 
 def spec_of(family: str, **other: int) -> DecoderSpec:

@@ -54,6 +54,6 @@ def test_a_tensor_that_is_gone_has_been_seen(kind: type[Gauge]) -> None:
     held = gauge.peak()
     del tensor
     assert 49 * MEGABYTE < held - before < 60 * MEGABYTE
-    assert gauge.peak() >= held
+    assert gauge.peak() > held - MEGABYTE  # the kernel counts pages in batches
     gauge.reset()
-    assert gauge.peak() < held
+    assert gauge.peak() < held - 40 * MEGABYTE
