@@ -113,7 +113,7 @@ class Activations:
         return per_row
 
     def _entering(self) -> int:
-        """What the first block's norm would keep: nothing, if neither it nor what it reads learns."""
+        """The first block's norm keeps nothing if neither it nor what it reads learns."""
         statistics = 1 if self.spec.norm == "rms_norm" else 2
         return (self.spec.hidden_size + statistics) * self.shape.rows * self.width
 

@@ -11,7 +11,6 @@ import psutil
 import torch
 
 from hybrid_engine.distributed.device import compute_device
-from hybrid_engine.distributed.env import rank_env
 
 _CGROUPS = (  # version 2, version 1
     ("memory.max", "memory.current"),
@@ -35,8 +34,8 @@ class Limits:
     source: str
 
 
-def memory_limits(planned: float = 0.0) -> Limits:
-    """Of this rank; ranks of one host share its memory evenly.
+def memory_limits(planned: float = 0.0, local_ranks: int = 1) -> Limits:
+    """Of this rank; the `local_ranks` of one host share its memory evenly.
 
     Args:
         planned: bytes to plan for instead (`--memory-limit`), a rank; 0 looks at the machine.
@@ -46,14 +45,13 @@ def memory_limits(planned: float = 0.0) -> Limits:
     if compute_device().type == "cuda":
         left, most = torch.cuda.mem_get_info()
         return Limits(most, left, "the GPU's memory")
-    ranks = rank_env().local_world_size
     own = psutil.Process().memory_info().rss
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    whole = [((memory.total + swap.total) // ranks, "the machine's memory and swap")]
-    free = [memory.available // ranks + own]
+    whole = [((memory.total + swap.total) // local_ranks, "the machine's memory and swap")]
+    free = [memory.available // local_ranks + own]
     for limit, used in cgroup_limits():
-        whole.append((limit // ranks, "the container's memory limit"))
-        free.append(max(limit - used, 0) // ranks + own)
+        whole.append((limit // local_ranks, "the container's memory limit"))
+        free.append(max(limit - used, 0) // local_ranks + own)
     hard, source = min(whole + process_limits(own))
     return Limits(hard, min(hard, *free), source)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hybrid_engine.config import RunConfig
+from hybrid_engine.distributed.env import rank_env
 from hybrid_engine.engine.deepspeed_config import settings_of
 from hybrid_engine.engine.train_engine import load_deepspeed
 from hybrid_engine.errors import UserError
@@ -107,7 +108,9 @@ def plan_run(config: RunConfig, ranks: int, steps: tuple[int, ...] | None = None
         planned = _steps(config, ranks, baseline(config))
     except UnsupportedFamily:
         return None
-    return RunPlan(config, planned, memory_limits(config.memory_limit * 1e9), ranks)
+    local_ranks = max(rank_env().local_world_size, config.num_gpus, 1)
+    limits = memory_limits(config.memory_limit * 1e9, local_ranks)
+    return RunPlan(config, planned, limits, ranks)
 
 
 def _steps(config: RunConfig, ranks: int, process: int) -> tuple[StepPlan, ...]:

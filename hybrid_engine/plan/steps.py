@@ -62,7 +62,7 @@ class Planner:
         self._sources = Sources(config)
         dtype = getattr(torch, config.model.dtype)
         self._zero = Zero.of(complete(settings, dtype, ranks, 1.0), ranks)
-        self._width = 4 if config.model.device == "cpu" else dtype.itemsize
+        self.width = 4 if config.model.device == "cpu" else dtype.itemsize
 
     def steps(self) -> list[StepPlan]:
         """In the order of the run."""
@@ -81,18 +81,18 @@ class Planner:
     ) -> StepPlan:
         """`texts` to a row: a pair has two."""
         longest = self.config.data.max_length * texts
-        work = Work(self._share(config.batch_size) * longest, longest, config.max_tokens_per_pass)
+        work = Work(self.share(config.batch_size) * longest, longest, config.max_tokens_per_pass)
         scored = work.rows if texts == 1 else work.rows // self.config.data.max_length
         knobs = (f"{step}.max_tokens_per_pass", "data.max_length")
         dropout = self.config.model.lora_dropout > 0
-        activations = self._activations(model, work.rows, scored, dropout)
+        activations = self.activations(model, work.rows, scored, dropout)
         asked = ("evaluate.forward",)
         trained = Trained(
             name, activations, self._zero, texts == 1, work.several, knobs, asked=asked
         )
-        heldout = self._share(self.config.data.max_heldout) * longest
+        heldout = self.share(self.config.data.max_heldout) * longest
         rows = Work(heldout, longest, config.max_tokens_per_pass).rows
-        forward = self._activations(model, rows, rows).forward()
+        forward = self.activations(model, rows, rows).forward()
         return self._plan(
             step,
             [
@@ -104,14 +104,14 @@ class Planner:
     def _rlhf(self) -> StepPlan:
         return self._plan("rlhf", [*StepThree(self, self._sources, self._zero).holdings()])
 
-    def _activations(
+    def activations(
         self, model: ModelSize, rows: int, scored: int, dropout: bool = False
     ) -> Activations:
         checkpointing = self.config.model.gradient_checkpointing
         shape = PassShape(rows, scored)
-        return Activations(model, shape, self._width, checkpointing, dropout)
+        return Activations(model, shape, self.width, checkpointing, dropout)
 
-    def _share(self, count: int) -> int:
+    def share(self, count: int) -> int:
         """Of one rank, the one with most."""
         return -(-count // self._ranks)
 
@@ -162,7 +162,7 @@ class StepThree:
         asked = ("score.forward", "evaluate.score")
 
         def trained(name: str, model: ModelSize, nbytes: int, **rest: Any) -> Trained:
-            activations = self._planner._activations(model, rows, scored)
+            activations = self._planner.activations(model, rows, scored)
             return Trained(
                 name, activations, self._zero, name == "policy", work.several, knobs,
                 own_bytes=nbytes, **rest,
@@ -200,7 +200,7 @@ class StepThree:
         holdings = []
         for moment, (prompts, samples) in shares.items():
             shape = RolloutShape(
-                self._planner._share(prompts), self._prompt, samples, self._longest - self._prompt
+                self._planner.share(prompts), self._prompt, samples, self._longest - self._prompt
             )
             holdings += rollout_holdings(self._policy, shape, generation, moment, width)
             if generation.merge_adapters:
@@ -215,12 +215,12 @@ class StepThree:
 
     def _scoring(self, stop: int) -> list[Holding]:
         work, knobs = self._scoring_work(), ("rlhf.max_tokens_per_pass",)
-        forward = self._planner._activations(self._policy, work.rows, work.rows).forward()
+        forward = self._planner.activations(self._policy, work.rows, work.rows).forward()
         passing = {"score.forward": forward, "evaluate.score": forward}
         holdings = [Holding("a forward pass", passing, knobs, longest=True)]
         if stop:
-            width = self._policy.spec.hidden_size * self._planner._width
-            evaluated = self._planner._share(self._ppo.eval_prompts) * self._longest
+            width = self._policy.spec.hidden_size * self._planner.width
+            evaluated = self._planner.share(self._ppo.eval_prompts) * self._longest
             hidden = {"score.forward": work.tokens * width, "evaluate.score": evaluated * width}
             moments = ("policy head", "policy top", "policy bottom", "critic top", "critic bottom")
             hidden |= {f"train.{m}": (work.tokens + work.rows) * width for m in moments}
@@ -229,13 +229,13 @@ class StepThree:
         return holdings
 
     def _scoring_work(self) -> Work:
-        share = self._planner._share(self._ppo.prompts_per_iteration)
+        share = self._planner.share(self._ppo.prompts_per_iteration)
         tokens = share * self._ppo.generation.samples_per_prompt * self._longest
         return Work(tokens, self._longest, self._ppo.max_tokens_per_pass)
 
     def _training_work(self) -> Work:
         samples = -(-self._ppo.samples_per_iteration // self._ppo.minibatches)
-        tokens = self._planner._share(samples) * self._longest
+        tokens = self._planner.share(samples) * self._longest
         return Work(tokens, self._longest, self._ppo.max_tokens_per_pass)
 
     def _scored(self, rows: int) -> int:
