@@ -11,7 +11,7 @@ parameter; masters, moments and sums are float32):
 
 Moments come with the first step. Beside these there are the buckets that gradients are reduced
 in, what a step converts, and under stage 3 the parameters that are gathered during a pass.
-Measured with DeepSpeed 0.19.8: tests/plan/test_ranks.py.
+Measured with DeepSpeed 0.19.8: tests/plan/test_peaks.py.
 """
 
 from __future__ import annotations
