@@ -14,13 +14,15 @@ from hybrid_engine.engine.weights import check_can_stream
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import UnsupportedFamily
 from hybrid_engine.models.checkpoint_io import context_of, spec_of
+from hybrid_engine.plan import NOT_PLANNED, RunPlan, checked, plan_run
 from hybrid_engine.rewards import build_judge, build_rewards
 from hybrid_engine.run import Run
 from hybrid_kernels import native_available
 
 
-def check(run: Run) -> None:
-    """Looks at what the later steps will ask for.
+def check(run: Run) -> RunPlan | None:
+    """Looks at what the later steps will ask for. Returns the plan of their memory, where there
+    is one.
 
     Raises:
         UserError: a file or package that is missing, or a setting that this machine cannot serve.
@@ -34,6 +36,26 @@ def check(run: Run) -> None:
         check_step_3(run, zero_stage)
     elif {1, 2} <= set(run.config.steps):
         check_scorer(run, build_rewards(run.config.judge).needs_model)
+    return check_memory(run)
+
+
+def check_memory(run: Run) -> RunPlan | None:
+    """Plans the steps that are still to be run, and says whether they fit.
+
+    Raises:
+        UserError: they cannot, and --memory-check is not "warn".
+    """
+    steps = tuple(step for step in run.config.steps if not run.finished(step))
+    plan = plan_run(run.config, world_size(), steps) if steps else None
+    if plan is None:
+        if steps:
+            run.reporter.note(f"memory: not planned: {NOT_PLANNED}")
+        return None
+    for line in plan.lines():
+        run.reporter.note(line)
+    run.reporter.planned_bytes = plan.bytes()
+    checked(plan, run.config.memory_check, run.reporter.warn)
+    return plan
 
 
 def check_step_3(run: Run, zero_stage: int) -> None:

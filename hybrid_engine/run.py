@@ -239,24 +239,10 @@ class Run:
     # Training and saving
 
     def deepspeed_settings(self) -> dict[str, Any]:
-        """The user's DeepSpeed JSON, with the ZeRO stage in it.
+        """See `deepspeed_config.settings_of`."""
+        from hybrid_engine.engine.deepspeed_config import settings_of
 
-        Raises:
-            UserError: --zero-stage and the file contradict each other.
-        """
-        from hybrid_engine.engine.deepspeed_config import read_user_json
-
-        config = self.config
-        settings = read_user_json(config.deepspeed) if config.deepspeed else {}
-        zero = settings.setdefault("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise UserError(f"{config.deepspeed}: zero_optimization must be an object, got {zero}")
-        stage = zero.setdefault("stage", config.zero_stage)
-        if config.zero_stage and stage != config.zero_stage:
-            raise UserError(
-                f"--zero-stage is {config.zero_stage} but {config.deepspeed} says {stage}; give one"
-            )
-        return settings
+        return settings_of(self.config)
 
     @property
     def zero_stage(self) -> int:

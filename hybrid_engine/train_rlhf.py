@@ -7,6 +7,7 @@ machine has.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -37,25 +38,30 @@ def run(config: RunConfig) -> int:
     from hybrid_engine import preflight
     from hybrid_engine.distributed import device, process_group
     from hybrid_engine.output import open_output
+    from hybrid_engine.plan import give_back_freed, out_of_memory
     from hybrid_engine.stages import reward, rlhf, sft
 
     steps = {1: sft.train_sft, 2: reward.train_reward, 3: rlhf.train_rlhf}
+    give_back_freed()
     device.use_device(config.model.device)
     process_group.initialise()
-    log = None
+    log = plan = session = None
     try:
         with open_output(config) as session:
             log = session.reporter.log_path
-            preflight.check(session)
+            plan = preflight.check(session)
             for step in config.steps:
                 if session.finished(step):
                     session.reporter.note(f"step {step} is done already")
                 else:
                     steps[step](session)
+                    gc.collect()  # DeepSpeed's engines hold each other: the next step needs room
             session.reporter.print_summary()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         # Before this rank leaves the group: the others fail as soon as they notice.
+        if plan is not None and session is not None:
+            error = out_of_memory(error, plan, *session.reporter.failed_phase) or error
         return failures.report(error, log)
 
 

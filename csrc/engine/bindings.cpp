@@ -241,6 +241,13 @@ class BoundProgram {
     return pointers;
   }
 
+  py::dict declare(const std::vector<PromptRequest>& queue, const GenerateRequest& request, int64_t lora_columns) const {
+    using namespace py::literals;
+    const DeclaredMemory memory = program_.declare(queue, request, lora_columns);
+    return py::dict("block_bytes"_a = memory.block_bytes, "blocks"_a = memory.blocks,
+                    "scratch_bytes"_a = memory.scratch_bytes);
+  }
+
   py::dict generate(GenerateRequest request, py::object on_progress, py::object on_token) {
     refuse_while_running("generate");
     struct Running {
@@ -352,6 +359,20 @@ void register_program(py::module_& m) {
       .def("unbind", &BoundProgram::unbind)
       .def("bound_pointers", &BoundProgram::bound_pointers, "Data pointer of every bound tensor, by name.")
       .def("release_cache", &BoundProgram::release_cache, "Frees the KV cache that keep_cache=True kept.")
+      .def(
+          "declare",
+          [](const BoundProgram& program, const std::vector<PromptRequest>& queue, int64_t max_batch, int64_t kv_bytes,
+             int64_t top_k, float top_p, int64_t lora_columns) {
+            GenerateRequest request;
+            request.max_batch = max_batch;
+            request.kv_bytes = kv_bytes;
+            request.rule = {1, top_k, top_p, 0};
+            return program.declare(queue, request, lora_columns);
+          },
+          py::arg("queue"), py::kw_only(), py::arg("max_batch"), py::arg("kv_bytes") = 0, py::arg("top_k") = 0,
+          py::arg("top_p") = 1.0f, py::arg("lora_columns") = 0,
+          "Bytes that a rollout of the queue would take besides the weights: block_bytes * blocks of the cache, and "
+          "scratch_bytes. Nothing needs to be bound.")
       .def(
           "generate",
           [](BoundProgram& program, std::vector<std::vector<int64_t>> prompts, int64_t samples_per_prompt,

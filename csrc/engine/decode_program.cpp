@@ -336,6 +336,35 @@ int64_t DecodeProgram::block_count(const std::vector<PromptRequest>& queue, cons
   return std::min(enough, affordable);
 }
 
+DecodeProgram::Sizes DecodeProgram::sizes(const std::vector<PromptRequest>& queue,
+                                          const GenerateRequest& request) const {
+  const int64_t blocks = block_count(queue, request);
+  int64_t samples = 0;
+  bool drafts = false;
+  for (const PromptRequest& prompt : queue) {
+    samples += prompt.samples;
+    drafts = drafts || !prompt.drafts.empty();
+  }
+  const int64_t batch = std::min(request.max_batch, samples);
+  const bool may_preempt = blocks < Scheduler::enough_blocks(queue, request.max_batch);
+  const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
+  const int64_t logit_rows = drafts ? std::max(batch, std::min(kHeadRows, prefill_rows)) : batch;
+  return {blocks, batch, prefill_rows, logit_rows};
+}
+
+DeclaredMemory DecodeProgram::declare(const std::vector<PromptRequest>& queue, const GenerateRequest& request,
+                                      int64_t lora_columns) const {
+  const auto [blocks, batch, prefill_rows, logit_rows] = sizes(queue, request);
+  const KvCacheLayout layout{slices_.kv_heads(spec_), spec_.head_dim};
+  KvArena nothing(layout, spec_.num_layers, 0);
+  ModelWeights weights;
+  weights.max_lora_columns = lora_columns;
+  // The real thing, whose memory is hardly touched.
+  const Forward forward(spec_, slices_, weights, nullptr, peers_.get(), nothing, prefill_rows + batch, logit_rows);
+  return {KvArena::block_bytes(layout, spec_.num_layers), blocks,
+          forward.scratch_bytes() + forward.sampler_bytes(request.rule) + (peers_ ? peers_->bytes() : 0)};
+}
+
 KvArena& DecodeProgram::take_arena(int64_t blocks) {
   if (arena_ == nullptr || arena_->blocks() < blocks) {
     arena_.reset();  // before the new one: never both
@@ -360,7 +389,7 @@ GenerateResult DecodeProgram::serve(const GenerateRequest& request,
   ++rollouts_;
   const GateVisit visit(gate_.get(), peers_ ? static_cast<int64_t>(peers_->begun_at()) : rollouts_);
   const std::vector<PromptRequest> queue = plan(request);
-  const int64_t blocks = block_count(queue, request);
+  const auto [blocks, batch, prefill_rows, logit_rows] = sizes(queue, request);
   struct ArenaGuard {
     DecodeProgram* program;
     bool keep;
@@ -377,11 +406,6 @@ GenerateResult DecodeProgram::serve(const GenerateRequest& request,
                          [&](int32_t block) {
                            if (request.poison_freed_blocks) arena.poison_block(block);
                          }};
-  const auto samples = static_cast<int64_t>(request.sample_ids.size());
-  const int64_t batch = std::min(request.max_batch, samples);
-  const bool may_preempt = blocks < Scheduler::enough_blocks(queue, request.max_batch);
-  const int64_t prefill_rows = std::min(request.max_prefill_rows, rows_beyond_decoding(queue, may_preempt));
-  const int64_t logit_rows = request.drafts.empty() ? batch : std::max(batch, std::min(kHeadRows, prefill_rows));
   Scheduler scheduler(queue, {batch, prefill_rows}, pool, hooks);
   Forward forward(spec_, slices_, *weights_, gate_.get(), peers_.get(), arena, prefill_rows + batch, logit_rows);
   const PoolRegion threads;

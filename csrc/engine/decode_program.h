@@ -61,6 +61,12 @@ struct GenerateCounters {
   int64_t scratch_bytes = 0;  // activations of a pass, and what kernels keep in all threads
 };
 
+// What a rollout takes besides the weights, known before it runs.
+struct DeclaredMemory {
+  int64_t block_bytes = 0, blocks = 0;  // of the cache, if all of them come to be used
+  int64_t scratch_bytes = 0;            // without what kernels keep in all threads
+};
+
 struct GenerateResult {
   std::vector<Response> responses;  // samples of a prompt are consecutive
   GenerateCounters counters;
@@ -95,6 +101,11 @@ class DecodeProgram {
   const DecoderSpec& spec() const { return spec_; }
   const Slices& slices() const { return slices_; }
 
+  // Of a rollout of `queue` with the limits of `request`; no weights need to be bound. `lora_columns` is the widest low-rank
+  // intermediate (ModelWeights::max_lora_columns).
+  DeclaredMemory declare(const std::vector<PromptRequest>& queue, const GenerateRequest& request,
+                         int64_t lora_columns) const;
+
   // `between_passes` runs after every pass; what it throws ends the call, on all ranks of a group after the same pass, and
   // is handed back with what is finished; the other ranks are handed PeerLost.
   // Throws std::invalid_argument for a request that cannot be served, std::domain_error for logits that are not finite.
@@ -104,6 +115,11 @@ class DecodeProgram {
   void check(const GenerateRequest& request) const;
   void require_tokens(const std::vector<int64_t>& tokens, const std::string& name) const;
   std::vector<PromptRequest> plan(const GenerateRequest& request) const;
+  // How much of everything serve() makes room for.
+  struct Sizes {
+    int64_t blocks, batch, prefill_rows, logit_rows;
+  };
+  Sizes sizes(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const;
   int64_t block_count(const std::vector<PromptRequest>& queue, const GenerateRequest& request) const;
   KvArena& take_arena(int64_t blocks);
   GenerateResult serve(const GenerateRequest& request, const std::function<void(const Progress&)>& between_passes);

@@ -50,6 +50,7 @@ class Forward {
             Sampled* sampled);
   int64_t max_logit_rows() const { return max_logit_rows_; }
   int64_t scratch_bytes() const;  // without what counts as kernel memory
+  int64_t sampler_bytes(const SamplingRule& rule) const { return sampler_.declared_bytes(rule); }  // counts as that
 
  private:
   // Until a part is there, and what it stores as bfloat16 but is read as float is widened.

@@ -21,10 +21,17 @@ class BlockCache {
     if (std::ssize(rows_) < rows) rows_ = KernelVector<Row>(rows);
     for (Row& row : rows_) row.clear();
     blocks_ = blocks;
-    capacity_ = std::min(blocks, std::max(kLeastBlocks, kEnoughBlocks / rows));
+    capacity_ = capacity_for(rows, blocks);
     std::ranges::fill(room_for(places_, rows * blocks), kNowhere);
     kept_ = room_for(kept_memory_, rows * capacity_).data();
     logits_ = room_for(logits_memory_, rows * capacity_ * kRowBlock).data();
+  }
+
+  // What reset() makes room for.
+  static int64_t bytes_for(int64_t rows, int64_t blocks) {
+    const int64_t kept = rows * capacity_for(rows, blocks);
+    return static_cast<int64_t>(rows * sizeof(Row) + rows * blocks * sizeof(int32_t) +
+                                kept * (sizeof(Kept) + kRowBlock * sizeof(float)));
   }
 
   // Any thread, any row. Keeps a copy if the block is among the row's highest so far.
@@ -75,6 +82,10 @@ class BlockCache {
     float max;
     int32_t block;
   };
+
+  static int64_t capacity_for(int64_t rows, int64_t blocks) {
+    return std::min(blocks, std::max(kLeastBlocks, kEnoughBlocks / rows));
+  }
 
   float* at(int64_t row, int64_t place) const { return logits_ + (row * capacity_ + place) * kRowBlock; }
 

@@ -76,6 +76,12 @@ HeadSampler::HeadSampler(int64_t vocab, int64_t max_rows)
       most_missing_(std::max(kLeastMissing, kMissingPerRow * max_rows)),
       stats_(3 * max_rows * row_blocks(vocab)) {}
 
+int64_t HeadSampler::declared_bytes(const SamplingRule& rule) const {
+  const int64_t blocks = row_blocks(vocab_), rows = std::ssize(stats_) / (3 * blocks);
+  const int64_t stats = std::ssize(stats_) * static_cast<int64_t>(sizeof(float));
+  return stats + (truncates(rule, vocab_) ? BlockCache::bytes_for(rows, blocks) : 0);
+}
+
 BlockStats HeadSampler::stats_of(int64_t row) {
   const int64_t blocks = row_blocks(vocab_);
   float* base = stats_.data() + 3 * row * blocks;

@@ -49,6 +49,8 @@ class HeadSampler {
 
   // Allocates for up to `max_rows` rows; any number of draws from them.
   HeadSampler(int64_t vocab, int64_t max_rows);
+  // What draws of that many rows come to hold, without the blocks that are computed again.
+  int64_t declared_bytes(const SamplingRule& rule) const;
 
   void draw(const HeadArgs& head, const SamplingRule& rule, std::span<const Draw> draws, Sampled* sampled);
   // `head` is this rank's slice. The ranks exchange the statistics of their blocks, and the logits of the few in which a

@@ -61,6 +61,18 @@ class RunConfig(Options):
     )
     deepspeed: str = option("", "your DeepSpeed JSON, merged over our settings", "--deepspeed")
     zero_stage: int = option(0, "ZeRO stage of the trained models: 0, 1, 2 or 3", "--zero-stage")
+    memory_check: str = option(
+        "refuse",
+        "what a run does that cannot fit into memory: refuse to start, or warn",
+        "--memory-check",
+        choices=("refuse", "warn"),
+    )
+    memory_limit: float = option(
+        0.0,
+        "memory of a rank to plan for, in GB (10^9 bytes); 0 takes what the machine has",
+        "--memory-limit",
+        within="[0, inf)",
+    )
     keep_checkpoints: int = option(2, "older resumable checkpoints are deleted", within="[1, inf)")
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)

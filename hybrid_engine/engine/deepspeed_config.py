@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hybrid_engine.config import RunConfig
 from hybrid_engine.errors import UserError
 
 Settings = dict[str, Any]
@@ -57,6 +58,24 @@ def read_user_json(path: str | Path) -> Settings:
             f"{path}: expected a JSON object with DeepSpeed settings, got {type(settings).__name__}"
         )
     return without_owned(settings, str(path))
+
+
+def settings_of(config: RunConfig) -> Settings:
+    """The user's DeepSpeed JSON, with the ZeRO stage in it.
+
+    Raises:
+        UserError: --zero-stage and the file contradict each other.
+    """
+    settings = read_user_json(config.deepspeed) if config.deepspeed else {}
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{config.deepspeed}: zero_optimization must be an object, got {zero}")
+    stage = zero.setdefault("stage", config.zero_stage)
+    if config.zero_stage and stage != config.zero_stage:
+        raise UserError(
+            f"--zero-stage is {config.zero_stage} but {config.deepspeed} says {stage}; give one"
+        )
+    return settings
 
 
 def without_owned(settings: Settings, origin: str) -> Settings:

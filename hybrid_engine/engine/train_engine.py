@@ -304,16 +304,23 @@ def _trained_dtype(module: nn.Module) -> torch.dtype:
     return dtypes.pop() if dtypes else torch.float32
 
 
-def _initialise_deepspeed(
-    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
-) -> Any:
+def load_deepspeed() -> Any:
+    """The package, which announces itself at import and at each engine unless told otherwise.
+    Importing it takes seconds.
+    """
     debug = logging.getLogger("hybrid_engine").isEnabledFor(logging.DEBUG)
-    # DeepSpeed announces itself at import and at each engine; imports take seconds, hence here.
     os.environ.setdefault("DS_LOG_LEVEL", "info" if debug else "error")
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.INFO if debug else logging.ERROR)
+    return deepspeed
+
+
+def _initialise_deepspeed(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+) -> Any:
+    deepspeed = load_deepspeed()
     # Its shared-memory all-reduce serves tensor-parallel inference only, and compiles for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed's spelling of torch's collectives, nothing that a user could change.

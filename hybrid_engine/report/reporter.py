@@ -21,6 +21,7 @@ from hybrid_engine.report.capture import LibraryCapture
 from hybrid_engine.report.clock import PhaseClock
 from hybrid_engine.report.display import make_display, sample_text
 from hybrid_engine.report.files import MetricsFile, SummaryFile
+from hybrid_engine.report.memory import PhasePeaks
 from hybrid_engine.report.run_log import RunLog
 from hybrid_engine.report.summary import print_summary
 from hybrid_engine.report.text import finite, number, printable
@@ -42,7 +43,10 @@ class Reporter:
         self.main = main
         self._view: StageView | None = None
         self._clock = PhaseClock()
+        self._peaks = PhasePeaks()
         self._spent_before: dict[str, Any] = {}
+        self.planned_bytes: dict[str, dict[str, int]] = {}
+        self.failed_phase = ("", "")
         self._warned: Counter[str] = Counter()
         self._capture: LibraryCapture | None = None
         self._closed = False
@@ -116,6 +120,7 @@ class Reporter:
         if self._capture is not None:
             self._capture.adopt()
         self._clock = PhaseClock()
+        self._peaks.begin()
         self._spent_before = dict(spent or {})
         self._view = StageView(name, total, start, self._clock)
         if self.main:
@@ -126,7 +131,20 @@ class Reporter:
             if self.main:
                 self._display.close()
             self._view = None
-        self.summarize(name, self.spent())
+        self.summarize(name, {**self.spent(), "phase_gigabytes": self.memory(name)})
+
+    def memory(self, stage: str) -> dict[str, dict[str, float]]:
+        """Peak memory of each phase of a stage so far: planned (where it was) and measured, in
+        10^9 bytes.
+        """
+        planned = self.planned_bytes.get(stage, {})
+        return {
+            phase: {
+                **({"planned": planned[phase] / 1e9} if phase in planned else {}),
+                "measured": nbytes / 1e9,
+            }
+            for phase, nbytes in self._peaks.bytes.items()
+        }
 
     def spent(self) -> dict[str, Any]:
         """``seconds`` and ``phase_seconds`` of the stage so far, with those of earlier
@@ -144,9 +162,14 @@ class Reporter:
         inner one's seconds are not the outer one's.
         """
         enter_phase(name)
-        with self._clock.phase(name):
-            self._count(0, 0)
-            yield
+        try:
+            with self._clock.phase(name), self._peaks.phase(name):
+                self._count(0, 0)
+                yield
+        except BaseException:
+            if not self.failed_phase[1]:  # the innermost
+                self.failed_phase = (self._view.name if self._view else "", name)
+            raise
         self._count(0, 0)
 
     def _count(self, done: int, total: int) -> None:
@@ -166,16 +189,17 @@ class Reporter:
         """One line of metrics.jsonl; `iteration` counts finished iterations, scalars may be
         tensors.
 
-        ``seconds_<phase>`` and ``tokens_per_second_<phase>`` since the last call are added; a value
-        named ``tokens`` counts for the phase ``train``. NaN and infinities become null and are
-        named under ``nonfinite``.
+        ``seconds_<phase>``, ``tokens_per_second_<phase>`` and ``gigabytes_<phase>`` (peak memory)
+        since the last call are added; a value named ``tokens`` counts for the phase ``train``.
+        NaN and infinities become null and are named under ``nonfinite``.
         """
         timings = self._clock.take()
         if "tokens" in values and timings.get("seconds_train"):
             timings.setdefault(
                 "tokens_per_second_train", float(values["tokens"]) / timings["seconds_train"]
             )
-        record = finite({"stage": stage, "iteration": iteration, **values, **timings})
+        peaks = {f"gigabytes_{phase}": n / 1e9 for phase, n in self._peaks.take().items()}
+        record = finite({"stage": stage, "iteration": iteration, **values, **timings, **peaks})
         if not self.main:
             return
         self._metrics.append(record)

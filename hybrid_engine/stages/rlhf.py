@@ -43,7 +43,8 @@ def train_rlhf(run: Run) -> None:
     demonstrations = (
         demonstration_batches(run, source, tokenizer, steps.actor) if config.ptx_coef else None
     )
-    cast = assemble(run, source, tokenizer, steps, mix.needs_model)
+    with run.reporter.phase("load"):
+        cast = assemble(run, source, tokenizer, steps, mix.needs_model)
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
     engines = {"actor": cast.policy} | ({"critic": cast.critic} if cast.critic else {})

@@ -65,6 +65,8 @@ def test_metrics_have_stage_iteration_and_timings(tmp_path):
     assert list(first)[:2] == ["stage", "iteration"]
     assert (second["stage"], second["iteration"], second["reward"]) == ("rlhf", 2, 2 / 7)
     assert {
+        "gigabytes_generate",
+        "gigabytes_train",
         "seconds_generate",
         "seconds_train",
         "tokens_per_second_generate",

@@ -17,7 +17,7 @@ import hybrid_engine
 import hybrid_kernels
 from hybrid_engine import train_rlhf
 
-MEASURED = ("seconds_", "tokens_per_second_")  # of the machine, not of the run
+MEASURED = ("seconds_", "tokens_per_second_", "gigabytes_")  # of the machine, not of the run
 # A byte-level model ends an answer once in 260 tokens; with a quarter of all bytes as end tokens,
 # answers have all lengths.
 STOP_TOKENS = ",".join(map(str, range(0, 256, 4)))
@@ -115,7 +115,11 @@ def summary(output: Path) -> dict[str, dict[str, Any]]:
     """The reproducible part of summary.json."""
     content = json.loads((output / "summary.json").read_text())
     return {
-        stage: {k: v for k, v in values.items() if k not in ("seconds", "phase_seconds")}
+        stage: {
+            k: v
+            for k, v in values.items()
+            if k not in ("seconds", "phase_seconds", "phase_gigabytes")
+        }
         for stage, values in content.items()
     }
 

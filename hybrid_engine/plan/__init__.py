@@ -1,0 +1,21 @@
+"""The memory of a run: declared once, added up before it starts, compared while it runs."""
+
+from .holdings import Holding, StepPlan, gigabytes
+from .limits import Limits, memory_limits
+from .planner import NOT_PLANNED, RunPlan, checked, free_for_generation, out_of_memory, plan_run
+from .process import give_back_freed
+
+__all__ = [
+    "NOT_PLANNED",
+    "Holding",
+    "Limits",
+    "RunPlan",
+    "StepPlan",
+    "checked",
+    "free_for_generation",
+    "gigabytes",
+    "give_back_freed",
+    "memory_limits",
+    "out_of_memory",
+    "plan_run",
+]

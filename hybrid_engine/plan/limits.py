@@ -1,0 +1,82 @@
+"""How much memory a rank may have, and who says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from hybrid_engine.distributed.device import compute_device
+
+_CGROUPS = (  # version 2, version 1
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes of one rank.
+
+    Attributes:
+        hard: more than this cannot be had: physical memory and swap, a container's limit, a limit
+            of the process, the GPU's memory.
+        free: what is to be had now without taking it from anyone, the rank's own included.
+        source: what `hard` comes from.
+    """
+
+    hard: int
+    free: int
+    source: str
+
+
+def memory_limits(planned: float = 0.0, local_ranks: int = 1) -> Limits:
+    """Of this rank; the `local_ranks` of one host share its memory evenly.
+
+    Args:
+        planned: bytes to plan for instead (`--memory-limit`), a rank; 0 looks at the machine.
+    """
+    if planned:
+        return Limits(int(planned), int(planned), "--memory-limit")
+    if compute_device().type == "cuda":
+        left, most = torch.cuda.mem_get_info()
+        return Limits(most, left, "the GPU's memory")
+    own = psutil.Process().memory_info().rss
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    whole = [((memory.total + swap.total) // local_ranks, "the machine's memory and swap")]
+    free = [memory.available // local_ranks + own]
+    for limit, used in cgroup_limits():
+        whole.append((limit // local_ranks, "the container's memory limit"))
+        free.append(max(limit - used, 0) // local_ranks + own)
+    hard, source = min(whole + process_limits(own))
+    return Limits(hard, min(hard, *free), source)
+
+
+def cgroup_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
+    """(limit, used) bytes where a control group sets one."""
+    for limit, used in _CGROUPS:
+        try:
+            most, now = ((root / name).read_text().strip() for name in (limit, used))
+        except OSError:
+            continue
+        if most != "max" and int(most) < 1 << 60:  # version 1 has no word for none
+            yield int(most), int(now)
+
+
+def process_limits(resident: int) -> list[tuple[int, str]]:
+    """RLIMIT_AS (`ulimit -v`), which counts addresses: those that are taken already hold more than
+    what is `resident`.
+    """
+    if sys.platform == "win32":
+        return []
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return []
+    taken = psutil.Process().memory_info().vms
+    return [(max(limit - taken, 0) + resident, "the limit of the process (ulimit -v)")]

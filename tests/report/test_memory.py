@@ -1,0 +1,59 @@
+"""Peaks of phases, by every gauge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_engine.report.memory import Gauge, KernelGauge, PhasePeaks, SampledGauge
+
+MEGABYTE = 1_000_000
+
+
+class Scripted:
+    """A gauge whose peak a test sets."""
+
+    how = "scripted"
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def reset(self) -> None:
+        self.value = 0
+
+    def peak(self) -> int:
+        return self.value
+
+
+def test_an_inner_phases_peak_is_the_outer_ones_too() -> None:
+    gauge = Scripted()
+    peaks = PhasePeaks(gauge)
+    with peaks.phase("outer"):
+        gauge.value = 5
+        with peaks.phase("inner"):
+            gauge.value = 9
+        gauge.value = 7
+    assert peaks.bytes == {"outer": 9, "inner": 9}
+    with peaks.phase("inner"):
+        gauge.value = 3
+    assert peaks.bytes["inner"] == 9
+    assert peaks.take() == {"outer": 9, "inner": 9}
+    assert peaks.take() == {}
+
+
+@pytest.mark.parametrize("kind", [KernelGauge, SampledGauge])
+def test_a_tensor_that_is_gone_has_been_seen(kind: type[Gauge]) -> None:
+    if kind is KernelGauge and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("Linux's /proc is not there")
+    gauge = kind()
+    gauge.reset()
+    before = gauge.peak()
+    tensor = torch.ones(50 * MEGABYTE // 4)
+    held = gauge.peak()
+    del tensor
+    assert 49 * MEGABYTE < held - before < 60 * MEGABYTE
+    assert gauge.peak() > held - MEGABYTE  # the kernel counts pages in batches
+    gauge.reset()
+    assert gauge.peak() < held - 40 * MEGABYTE
