@@ -113,7 +113,7 @@ def part_sizes(model: CausalLM, world_size: int, slices: Slices | None = None) -
     """Of a model as for :func:`plan_gather`."""
     parts = _pieces(model, world_size, slices)
     return PartSizes(
-        tuple(sum(_aligned(piece.size) for piece in part.values()) for part in parts),
+        tuple(sum(aligned(piece.size) for piece in part.values()) for part in parts),
         tuple(sum(piece.part for piece in part.values()) for part in parts),
     )
 
@@ -157,7 +157,7 @@ def _pieces(model: CausalLM, world_size: int, slices: Slices | None) -> list[dic
     for name, parameter in model.named_parameters():
         shard = shard_of(name, parameter, world_size)
         rows = slices.rows(name) if slices else None
-        part = parts[_part_of(name, model.spec.num_layers)]
+        part = parts[part_of(name, model.spec.num_layers)]
         part[parameter] = Piece(parameter, shard.nbytes, 0, rows)
     return parts
 
@@ -167,15 +167,15 @@ def _placed(pieces: dict[Any, Piece], start: int) -> dict[Any, Piece]:
     placed = {}
     for parameter, piece in pieces.items():
         placed[parameter] = replace(piece, offset=start)
-        start += _aligned(piece.size)
+        start += aligned(piece.size)
     return placed
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _part_of(name: str, num_layers: int) -> int:
+def part_of(name: str, num_layers: int) -> int:
     """Numbers as in csrc/engine/weight_gate.h."""
     if name.startswith(_BEFORE_BLOCKS):
         return 0

@@ -1,5 +1,5 @@
 """What a rollout holds. Cache and scratch are declared by the C++ program itself, from the objects
-that it would run with (`DecodeProgram.declare`); the gather's arena from the parameters' sizes.
+that it would run with (`DecodeProgram.declare`); the gather by its own policy.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_engine.config import GenerationConfig
+from hybrid_engine.engine.gather_plan import aligned, part_of
+from hybrid_engine.engine.gather_policy import (
+    Group,
+    PartSizes,
+    pinning_all,
+    solve,
+    staging_bytes,
+)
 from hybrid_engine.models import DecoderSpec
 from hybrid_kernels import native_available, native_module
 
 from .holdings import Holding
 from .models import ModelSize
 from .training import Zero
-
-_AHEAD = 4  # `engine.gather`: parts on their way at a time
-_ALIGNMENT = 64  # `engine.gather_plan`
 
 
 @dataclass(frozen=True)
@@ -69,42 +74,41 @@ def _declare(
     return declared
 
 
-def gather_holdings(model: ModelSize, zero: Zero, slices: int, moment: str) -> list[Holding]:
-    """Weights gathered for generation under ZeRO-3, and what they travel in.
-
-    Args:
-        slices: ranks that generate together, each with a slice.
+def gather_holdings(
+    model: ModelSize, zero: Zero, config: GenerationConfig, one_host: bool, moment: str
+) -> list[Holding]:
+    """Weights gathered for generation under ZeRO-3, and what they travel in, by the policy that
+    the engine will solve for; without a limit of the user's, that all layers stay.
     """
     if zero.stage < 3 or zero.ranks == 1:
         return []
-    arena, staging = gather_bytes(model, zero.ranks)
-    knobs = ("rlhf.generation.inference_tp",)
+    sizes, group = part_sizes(model, zero.ranks, config.inference_tp), Group(zero.ranks, one_host)
+    policy = pinning_all(sizes.blocks)
+    if config.weight_bytes:
+        policy = solve(sizes, group, config.weight_bytes, at_least=True)
+    staging = sum(staging_bytes(policy, sizes, group))
+    kept = policy.held_bytes(sizes, group) - staging
+    knobs = ("rlhf.generation.weight_bytes", "rlhf.generation.inference_tp")
     return [
-        Holding("weights gathered for generation", {moment: arena // slices}, knobs),
+        Holding("weights gathered for generation", {moment: kept}, knobs),
         Holding("staging of the gather", {moment: staging}),
     ]
 
 
-def gather_bytes(model: ModelSize, ranks: int) -> tuple[int, int]:
-    """(arena, staging) bytes of `engine.gather`: every parameter at a cache line; `_AHEAD` buffers
-    for the shards of a part, this rank's and everyone's.
+def part_sizes(model: ModelSize, ranks: int, slices: int = 1) -> PartSizes:
+    """As `engine.gather_plan.part_sizes` finds them in a model that is there.
+
+    Args:
+        slices: ranks that generate together, each with as much of every parameter.
     """
-    arena = 0
-    parts = [0] * (model.spec.num_layers + 2)
+    parts: list[list[int]] = [[] for _ in range(model.spec.num_layers + 2)]
     for p in model.parameters:
-        arena = -(-arena // _ALIGNMENT) * _ALIGNMENT + p.numel * model.itemsize
-        parts[_part(p.name, model.spec.num_layers)] += -(-p.numel // ranks) * model.itemsize
-    widest = sum(max(parts[slot::_AHEAD], default=0) for slot in range(_AHEAD))
-    return arena, (1 + ranks) * widest
-
-
-def _part(name: str, layers: int) -> int:
-    if name.startswith(
-        ("decoder.embed_tokens.", "decoder.embed_positions.", "decoder.project_in.")
-    ):
-        return 0
-    pieces = name.split(".")
-    return int(pieces[2]) + 1 if pieces[1] == "blocks" else layers + 1
+        parts[part_of(p.name, model.spec.num_layers)].append(p.numel)
+    size = model.itemsize
+    return PartSizes(
+        tuple(sum(aligned(n * size // slices) for n in part) for part in parts),
+        tuple(sum(-(-n // ranks) * size for n in part) for part in parts),
+    )
 
 
 def merge_record(model: ModelSize) -> int:

@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from hybrid_engine.config import RunConfig
 from hybrid_engine.distributed.device import compute_device
+from hybrid_engine.distributed.env import rank_env
 
 _CGROUPS = (  # version 2, version 1
     ("memory.max", "memory.current"),
@@ -32,6 +34,11 @@ class Limits:
     hard: int
     free: int
     source: str
+
+
+def ranks_of_this_host(config: RunConfig) -> int:
+    """Of a run that is there, or that this process would launch."""
+    return max(rank_env().local_world_size, config.num_gpus, 1)
 
 
 def memory_limits(planned: float = 0.0, local_ranks: int = 1) -> Limits:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hybrid_engine.config import RunConfig
-from hybrid_engine.distributed.env import rank_env
 from hybrid_engine.engine.deepspeed_config import settings_of
 from hybrid_engine.engine.train_engine import load_deepspeed
 from hybrid_engine.errors import UserError
@@ -15,7 +14,7 @@ from hybrid_engine.models import UnsupportedFamily, load_tokenizer
 from hybrid_kernels import native_available
 
 from .holdings import StepPlan, gigabytes
-from .limits import Limits, memory_limits
+from .limits import Limits, memory_limits, ranks_of_this_host
 from .oom import is_out_of_memory
 from .process import resident_bytes
 from .sources import model_directory
@@ -108,8 +107,7 @@ def plan_run(config: RunConfig, ranks: int, steps: tuple[int, ...] | None = None
         planned = _steps(config, ranks, baseline(config))
     except UnsupportedFamily:
         return None
-    local_ranks = max(rank_env().local_world_size, config.num_gpus, 1)
-    limits = memory_limits(config.memory_limit * 1e9, local_ranks)
+    limits = memory_limits(config.memory_limit * 1e9, ranks_of_this_host(config))
     return RunPlan(config, planned, limits, ranks)
 
 

@@ -20,6 +20,7 @@ from .generation import (
     rollout_holdings,
 )
 from .holdings import LOAD, Holding, StepPlan, always
+from .limits import ranks_of_this_host
 from .models import ModelSize, own_bytes, shared_blocks
 from .sources import Sources
 from .training import Trained, Zero
@@ -63,6 +64,11 @@ class Planner:
         dtype = getattr(torch, config.model.dtype)
         self._zero = Zero.of(complete(settings, dtype, ranks, 1.0), ranks)
         self.width = 4 if config.model.device == "cpu" else dtype.itemsize
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are on one."""
+        return ranks_of_this_host(self.config) == self._ranks
 
     def steps(self) -> list[StepPlan]:
         """In the order of the run."""
@@ -209,8 +215,9 @@ class StepThree:
                     Holding("bits of merged weights", record, ("rlhf.generation.merge_adapters",))
                 )
             else:
-                ranks = generation.inference_tp
-                holdings += gather_holdings(self._policy, self._zero, ranks, moment)
+                holdings += gather_holdings(
+                    self._policy, self._zero, generation, self._planner.one_host, moment
+                )
         return holdings
 
     def _scoring(self, stop: int) -> list[Holding]:

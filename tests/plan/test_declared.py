@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybrid_engine.config import GenerationConfig, OptimizerConfig
-from hybrid_engine.engine import SamplingParams
+from hybrid_engine.engine import SamplingParams, gather_plan
 from hybrid_engine.engine.train_engine import TrainEngine
 from hybrid_engine.models import (
     LoRAConfig,
@@ -17,7 +17,7 @@ from hybrid_engine.models import (
     load_scalar_model,
     share_frozen_trunk,
 )
-from hybrid_engine.plan.generation import RolloutShape, rollout_holdings
+from hybrid_engine.plan.generation import RolloutShape, part_sizes, rollout_holdings
 from hybrid_engine.plan.models import model_size, own_bytes, shared_blocks
 from tests.engine.rollouts import run
 from tests.tiny import make_tiny_model
@@ -82,3 +82,15 @@ def test_cache_and_scratch_of_a_rollout(directory: Path, kv_blocks: int) -> None
     )
     assert cache.bytes_at("generate.rollout") == counters["arena_blocks"] * counters["block_bytes"]
     assert 0 < scratch.bytes_at("generate.rollout") <= counters["scratch_bytes"]
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(r=3)], ids=["all", "lora"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_gathered(directory: Path, ranks: int, lora: LoRAConfig | None) -> None:
+    """Parts are as large as the engine finds them in a model that is cut into shards."""
+    model = load_causal_lm(directory, lora=lora)
+    for p in model.parameters():  # as DeepSpeed leaves them
+        p.ds_numel, p.ds_shape = p.numel(), p.shape
+        p.ds_tensor = torch.empty(-(-p.numel() // ranks))
+    size = model_size(model.spec, "float32", "it", lora=lora)
+    assert part_sizes(size, ranks) == gather_plan.part_sizes(model, ranks)
