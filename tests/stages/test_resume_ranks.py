@@ -18,7 +18,8 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def stateful(trainer: Trainer) -> Trainer:
-    return trainer.having(STATEFUL)
+    # A critic that learns fast magnifies what sums round differently on other numbers of ranks.
+    return trainer.having(STATEFUL | {"rlhf.critic_optimizer.learning_rate": 1e-4})
 
 
 @pytest.fixture(scope="module")
