@@ -86,6 +86,7 @@ def test_mistakes_are_explained(tmp_path, settings, message):
         ({"offload_param": {"device": "nvme"}}, "offload_param.device to nvme: generation"),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio to 0.5"),
         ({"stage": 1, "overlap_comm": True}, "overlap_comm to True"),
+        ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients to True"),
         ({"stage3_module_granularity_threshold": 5}, "stage3_module_granularity_threshold to 5"),
         ({"mics_shard_size": 2}, "mics_shard_size to 2: DeepSpeed has removed it"),
     ],
