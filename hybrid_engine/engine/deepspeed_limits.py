@@ -51,8 +51,8 @@ LIMITS = (
     ),
     Limit(
         ("round_robin_gradients",),
-        "checkpoints would not continue bit for bit, because it deals parameters to ranks in another "
-        "order; leave it out",
+        "a checkpoint would not continue bit for bit, because it deals parameters to ranks in an "
+        "order of its own; leave it out",
         stages=(1, 2),
     ),
     Limit(
