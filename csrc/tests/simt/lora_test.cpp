@@ -200,6 +200,8 @@ void test_type() {
   test_restore_shapes<T>(shapes);
   test_every_number<T>();
   test_infinite_factor<T>();
+  test_restore(Adapter(0, 8, 2, {}, 1.0f, 37), Buffer<T>(0), 0, "no rows");
+  test_restore(Adapter(5, 0, 2, {5}, 1.0f, 41), Buffer<T>(0), 0, "no columns");
   report_exact(std::string("lora_merge_ ") + kTypeName<T>, restored);
 }
 

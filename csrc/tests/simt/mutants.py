@@ -10,6 +10,9 @@ A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the r
 
     csrc/norm/norm.cuh | the line, not indented | which of the mutants of such lines | reason
 
+It went through all three when it was listed, which takes long: a run that does not find anything
+has to end. From then on it runs plainly; ``--thorough`` does it all again.
+
 The last line says how many there are, how many are caught, and how many are listed. Exit code 1:
 a mutant is neither caught nor listed, or a listed one is caught after all.
 """
@@ -25,7 +28,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,14 +235,17 @@ def families_of(mutant: Mutant) -> list[str]:
     return [family for family in all_families() if mutant.file in included_by(family)]
 
 
-def caught_by(mutant: Mutant, programs: dict[tuple[str, str], Path]) -> str | None:
+def caught_by(
+    mutant: Mutant, programs: dict[tuple[str, str], Path], plainly: bool = False
+) -> str | None:
     """The first flavour that fails, or None; the likelier and the quicker come first.
 
     A missing barrier is a race, which may show in one order of threads only; all else shows in any.
     """
     unordered = BARRIERS.search(mutant.text) is not None
     orders = "all" if unordered else "one"
-    for flavour in ("plain", "tsan", "asan") if unordered else ("plain", "asan", "tsan"):
+    flavours = ("plain", "tsan", "asan") if unordered else ("plain", "asan", "tsan")
+    for flavour in flavours[:1] if plainly else flavours:
         for family in families_of(mutant):
             if not passes(programs[flavour, family], mutant.number, orders):
                 return flavour
@@ -264,6 +270,9 @@ def main() -> int:
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="programs at once"
     )
     parser.add_argument("--only", default="", help="only those that match this regular expression")
+    parser.add_argument(
+        "--thorough", action="store_true", help="the listed ones under the sanitizers as well"
+    )
     options = parser.parse_args()
     options.build.mkdir(parents=True, exist_ok=True)
     mutants = [m for m in write_mutated_sources(options.build) if re.search(options.only, str(m))]
@@ -274,13 +283,20 @@ def main() -> int:
         for program, ends_well in zip(programs.values(), good, strict=True):
             if not ends_well:
                 sys.exit(f"{program} fails without any mutant")
-        verdicts = pool.map(lambda mutant: caught_by(mutant, programs), mutants)
-        return report(mutants, verdicts)
+        listed = listed_equivalents()
+        plainly = [mutant.key in listed and not options.thorough for mutant in mutants]
+        verdicts = pool.map(
+            lambda mutant, plain: caught_by(mutant, programs, plain), mutants, plainly
+        )
+        return report(mutants, verdicts, listed)
 
 
-def report(mutants: list[Mutant], verdicts: Iterable[str | None]) -> int:
+def report(
+    mutants: list[Mutant],
+    verdicts: Iterable[str | None],
+    listed: Mapping[tuple[str, str, int], str],
+) -> int:
     """Prints what is wrong as it comes, and the figure; returns the exit code."""
-    listed = listed_equivalents()
     caught, equivalent, wrong = 0, 0, 0
     for mutant, flavour in zip(mutants, verdicts, strict=True):
         if flavour is None and mutant.key in listed:

@@ -1,6 +1,7 @@
 // Scoring against fp64; sampling against the races of race.h run in double on the same uniforms, with thresholds found by sorting:
 // the same tokens must come out. Vocabularies around a block of 64 and around what a block of threads reads at once; ties at the
-// threshold; rows that are no distribution.
+// threshold, and logits that no other number lies between; rows where one token more would change everything; rows that are no
+// distribution.
 #include "sampling/sampling.cuh"
 
 #include <map>
@@ -143,8 +144,7 @@ Expected expected_sample(const std::vector<double>& row, const SamplingRule& rul
 }
 
 template <typename T>
-void test_sample(const GridCase& c, const SamplingRule& rule, double step, Accuracy& accuracy) {
-  const Buffer<T> logits = random_logits<T>(c.rows, c.cols, c.shift, step, 79 + c.cols);
+void test_sample(const GridCase& c, const Buffer<T>& logits, const SamplingRule& rule, Accuracy& accuracy) {
   Buffer<int64_t> ids(c.rows), positions(c.rows);
   for (int64_t i = 0; i < c.rows; ++i) {
     ids[i] = (int64_t{1} << 40) + 3 * i;
@@ -189,13 +189,58 @@ void test_sample(const GridCase& c, const SamplingRule& rule, double step, Accur
   accuracy.check(results[4], exact[3], plain[3], what + " kept logprob");
 }
 
-// A row with NaN, +inf or nothing but -inf has no token; its neighbours do.
+// Rows of the same logits, six more than a block of 64 has.
+constexpr int64_t kOddVocab = 70;
+template <typename T, typename Logit>
+Buffer<T> equal_rows(int64_t rows, const Logit& logit) {
+  Buffer<T> logits(rows * kOddVocab);
+  for (int64_t i = 0; i < logits.size(); ++i) logits[i] = round_to<T>(static_cast<float>(logit(i % kOddVocab)));
+  return logits;
+}
+
+// Logits in a row that no other number of their type lies between, from 1 on, in no order: a threshold that is off by one is off
+// by a token. Two greater ones, so that the search narrows down to fewer numbers than there are.
+template <typename T>
+void test_neighbours(Accuracy& accuracy) {
+  const auto logit = [](int64_t i) {
+    if (i < 2) return 1.75 + 0.125 * static_cast<double>(i);
+    return 1.0 + static_cast<double>(i * 27 % kOddVocab) * kUlp<T>;
+  };
+  const Buffer<T> logits = equal_rows<T>(1, logit);
+  const GridCase c{1, kOddVocab};
+  for (const int k : {1, 5, 33, 69, 70}) test_sample<T>(c, logits, {1.0f, k, 1.0f, 21}, accuracy);
+  for (int i = 1; i < 40; ++i) {
+    const float p = 0.0247f * static_cast<float>(i);
+    test_sample<T>(c, logits, {1.0f, 0, p, 22}, accuracy);
+    test_sample<T>(c, logits, {1.0f, 7, p, 23}, accuracy);
+  }
+  Buffer<int64_t> target(1);
+  Buffer<float> threshold(1), logprob(1), entropy(1), held(1);
+  Buffer<double> lse(1);
+  target[0] = 61;
+  threshold[0] = static_cast<float>(logit(60));
+  cuda::token_logprobs<T>({logits.data(), target.data(), threshold.data(), logprob.data(), entropy.data(), lse.data(), held.data(), 1,
+                           kOddVocab, 1.0f},
+                          nullptr);
+  expect(held[0] == threshold[0], "the threshold, which is the lower one");
+}
+
+// A logit of 0 beyond the row, or a token beyond the block that won, would take part in half of the draws.
+template <typename T>
+void test_nothing_beyond(Accuracy& accuracy) {
+  const GridCase c{16, kOddVocab};
+  const SamplingRule all{1.0f, 0, 1.0f, 24};
+  test_sample<T>(c, equal_rows<T>(c.rows, [](int64_t i) { return i == 0 ? 0.0 : -INFINITY; }), all, accuracy);
+  test_sample<T>(c, equal_rows<T>(c.rows, [](int64_t i) { return i < 64 ? 0.0 : i == 64 ? 4.0 : -INFINITY; }), all, accuracy);
+}
+
+// A row with NaN, +inf or nothing but -inf has no token; its neighbours do. Nor has a target outside the vocabulary a score.
 template <typename T>
 void test_no_distribution() {
-  constexpr int64_t kVocab = 70;
+  constexpr int64_t kVocab = kOddVocab;
   Buffer<T> logits(5 * kVocab);
   Random(83).fill(logits);
-  logits[kVocab + 66] = round_to<T>(NAN);
+  logits[66] = round_to<T>(NAN);
   logits[2 * kVocab + 1] = round_to<T>(INFINITY);
   std::fill_n(&logits[3 * kVocab], kVocab, round_to<T>(-INFINITY));
   Buffer<int64_t> ids(5), positions(5), token(5);
@@ -206,7 +251,7 @@ void test_no_distribution() {
                      mass.data(), threshold.data(), kept.data(), 5, kVocab},
                     nullptr);
     for (int64_t i = 0; i < 5; ++i) {
-      const bool good = i == 0 || i == 4;
+      const bool good = i == 1 || i == 4;
       expect(good == (token[i] >= 0) && good == !std::isnan(logprob[i]) && good == !std::isnan(entropy[i]) &&
                  good == !std::isnan(mass[i]) && good == !std::isnan(threshold[i]) && good == !std::isnan(kept[i]),
              "a row that is no distribution");
@@ -215,13 +260,13 @@ void test_no_distribution() {
   Buffer<int64_t> targets(5);
   Buffer<float> logprob(5), entropy(5), held(5);
   Buffer<double> lse(5);
-  for (int64_t i = 0; i < 5; ++i) targets[i] = i == 4 ? kVocab : 0;
+  for (int64_t i = 0; i < 5; ++i) targets[i] = i == 0 ? -1 : i == 4 ? kVocab : 0;
   cuda::token_logprobs<T>({logits.data(), targets.data(), nullptr, logprob.data(), entropy.data(), lse.data(), held.data(), 5,
                            kVocab, 1.0f},
                           nullptr);
   for (int64_t i = 0; i < 5; ++i) {
-    expect(std::isnan(logprob[i]) == (i != 0), "the score of a row that is no distribution, or of no token");
-    expect(std::isnan(entropy[i]) == (i > 0 && i < 4), "the entropy of a row that is no distribution");
+    expect(std::isnan(logprob[i]) == (i != 1), "the score of a row that is no distribution, or of no token");
+    expect(std::isnan(entropy[i]) == (i != 1 && i != 4), "the entropy of a row that is no distribution");
   }
 }
 
@@ -237,13 +282,16 @@ void test_type() {
   for (const GridCase& c : grid) {
     test_scores<T>(c, 1.0f, false, forward, backward);
     test_scores<T>(c, 0.7f, true, forward, backward);
+    const auto logits = [&](double step) { return random_logits<T>(c.rows, c.cols, c.shift, step, 79 + c.cols); };
     for (const SamplingRule& rule : {SamplingRule{1.0f, 0, 1.0f, 11}, {0.6f, 0, 1.0f, 12}, {0.0f, 7, 0.5f, 13}, {0.9f, 5, 1.0f, 14},
-                                     {1.3f, 0, 0.8f, 15}, {1.0f, 40, 0.6f, 16}, {1.0f, 1 << 20, 1.0f, 17}}) {
-      test_sample<T>(c, rule, 0.0, sample);
+                                     {1.3f, 0, 0.8f, 15}, {1.0f, 40, 0.6f, 16}, {1.0f, 1 << 20, 1.0f, 17}, {1.0f, 50, 1.0f, 20}}) {
+      test_sample<T>(c, logits(0.0), rule, sample);
     }
-    test_sample<T>(c, {1.0f, 3, 1.0f, 18}, 0.5, sample);
-    test_sample<T>(c, {1.0f, 0, 0.3f, 19}, 0.5, sample);
+    test_sample<T>(c, logits(0.5), {1.0f, 3, 1.0f, 18}, sample);
+    test_sample<T>(c, logits(0.5), {1.0f, 0, 0.3f, 19}, sample);
   }
+  test_neighbours<T>(sample);
+  test_nothing_beyond<T>(sample);
   test_no_distribution<T>();
 }
 
