@@ -52,7 +52,7 @@ BOUNDS = re.compile(r" (<|<=|>|>=) (?!-?[\d.]*\.\d|-?INFINITY|0; \w+ /= 2)")
 SMALLER = re.compile(r"\bsmaller\(")
 # Where a comparison is none that runs.
 NOT_RUN = re.compile(r"\bconstexpr\b|\bstatic_assert\b|^\s*template\b|\boperator\s*[<>]|^\s*#")
-CPU_SECONDS = 60  # for one run: twice what the slowest program takes, whatever else runs
+CPU_SECONDS = 120  # for one run: more than twice what the slowest program takes
 
 
 @dataclass(frozen=True)
