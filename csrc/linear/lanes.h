@@ -82,8 +82,8 @@ LaneTile lane_tile_of(int64_t rows) {
   return tile;
 }
 
-// lane_tile over any number of weight rows and a panel of `lanes` lanes (a value of lanes_for). `next` begins where the first
-// of the rows fetched for later does; every tile fetches as many as it has itself.
+// lane_tile over any number of weight rows and a panel of `lanes` lanes (a value of lanes_for). Of the
+// rows fetched for later, every tile fetches as many as it has itself.
 inline void multiply_lanes(int64_t rows, int64_t lanes, const float* w, int64_t w_stride, const float* x, int64_t depth,
                            const Prefetch& next, const Sums& sums) {
   const int64_t tile_rows = lanes == HalfVec::width ? kTileRows : kWideRows;
@@ -92,7 +92,7 @@ inline void multiply_lanes(int64_t rows, int64_t lanes, const float* w, int64_t 
     const auto tile = lanes == HalfVec::width ? lane_tile_of<HalfVec, kTileRows, 1>(count)
                       : lanes == kPanelLanes  ? lane_tile_of<Vec, kWideRows, 2>(count)
                                               : lane_tile_of<HalfVec, kWideRows, 2>(count);
-    tile(w + row * w_stride, w_stride, x, depth, next.part(row, count),
+    tile(w + row * w_stride, w_stride, x, depth, next.part(row, count, depth),
          {sums.base + row * sums.stride, sums.stride, sums.resume});
   }
 }

@@ -74,7 +74,7 @@ template <int kStrips, typename Element>
 void strip(const LinearArgs& args, const Element* w, int64_t col, int64_t next_col) {
   constexpr int64_t kCols = kStrips * Vec::width;
   const int64_t cols = smaller(kCols, args.N - col);
-  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kCols, args.N - next_col));
+  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kCols, args.N - next_col), args.K);
   alignas(64) float sums[kStripRows * kCols];
   int64_t k = 0;
   do {
@@ -148,7 +148,7 @@ Floats floats_of(const BFloat16* w, int64_t stride, int64_t rows, int64_t depth,
 template <typename Element>
 void lane_group(const LinearArgs& args, const Element* w, const float* panels, int64_t col, int64_t next_col) {
   const int64_t cols = smaller(kGroupRows, args.N - col);
-  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kGroupRows, args.N - next_col));
+  const Prefetch next(w + next_col * args.ldw, args.ldw, smaller(kGroupRows, args.N - next_col), args.K);
   alignas(64) float sums[kGroupRows * kLanePathRows], buffer[kGroupRows * kChain];
   int64_t k = 0;
   do {

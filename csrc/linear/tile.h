@@ -142,44 +142,51 @@ struct Factor {
   Factor from(int64_t row, int64_t k) const { return {base + row * row_stride + k * depth_stride, row_stride, depth_stride}; }
 };
 
-// Memory that a later tile will read: fetched a cache line a row while this tile computes. Into L2: the lines come from memory,
-// and waiting for them in L1's few miss buffers would hold up this tile's own loads.
+// Rows of a weight that later tiles will read: fetched while this one computes, a line a row for every line of its own. Into L2: the
+// lines come from memory, and waiting for them in L1's few miss buffers would hold up this tile's own loads. Rows without gaps are
+// fetched in the order in which they lie, not in that in which a tile reads them: the hardware sees a stream, and runs ahead of it.
 class Prefetch {
  public:
   Prefetch() = default;
   template <typename Element>
-  Prefetch(const Element* base, int64_t stride, int64_t rows)
-      : base_(reinterpret_cast<const char*>(base)), stride_(stride * kBytes<Element>), rows_(rows), bytes_(kBytes<Element>) {}
+  Prefetch(const Element* base, int64_t stride, int64_t rows, int64_t depth)
+      : base_(reinterpret_cast<const char*>(base)), element_(kBytes<Element>), stride_(stride * kBytes<Element>), rows_(rows),
+        dense_(stride == depth) {}
 
-  // Of these rows, `count` from `first` on, as far as there are so many.
-  Prefetch part(int64_t first, int64_t count) const {
+  // The share of a tile `depth` deep that has `count` of the rows, from `first` on, as far as there are so many.
+  Prefetch part(int64_t first, int64_t count, int64_t depth) const {
     Prefetch part = *this;
-    part.base_ += first * stride_;
+    part.base_ += first * (dense_ ? depth * element_ : stride_);
     part.rows_ = larger(0, smaller(count, rows_ - first));
     return part;
   }
 
-  // The same rows from element `k` on.
+  // What is left for elements `k` and later.
   Prefetch from(int64_t k) const {
     Prefetch later = *this;
-    later.base_ += k * bytes_;
+    later.base_ += k * pace();
     return later;
   }
 
-  // The rows' elements from `k` on, where a line begins (every row as if aligned).
-  void line(int64_t k) const {
-    if (k * bytes_ % 64 != 0) return;
-    for (int64_t r = 0; r < rows_; ++r) __builtin_prefetch(base_ + r * stride_ + k * bytes_, 0, 2);
+  // The tile has come to element `k`: the next lines, where one begins (every row as if aligned). Inlined at once: GCC takes a function
+  // that only fetches for one without effect, and drops its calls.
+  [[gnu::always_inline]] void line(int64_t k) const {
+    if (k * element_ % kLine != 0) return;
+    const char* line = base_ + k * pace();
+    const int64_t step = dense_ ? kLine : stride_;
+    for (int64_t r = 0; r < rows_; ++r) __builtin_prefetch(line + r * step, 0, 2);
   }
 
  private:
+  static constexpr int64_t kLine = 64;
   template <typename Element>
   static constexpr int64_t kBytes = sizeof(Element);
 
+  int64_t pace() const { return dense_ ? rows_ * element_ : element_; }  // bytes of progress for every element of depth
+
   const char* base_ = nullptr;
-  int64_t stride_ = 0;
-  int64_t rows_ = 0;
-  int64_t bytes_ = 0;
+  int64_t element_ = 0, stride_ = 0, rows_ = 0;  // bytes, bytes, count
+  bool dense_ = false;
 };
 
 // Where a tile's sums go: row r at base[r * stride], whole vectors; added to what is there (resume), or replacing it.
