@@ -12,7 +12,8 @@ def free_memory(root: Path = Path("/")) -> int:
     Args:
         root: of the file system that has ``proc`` and ``sys``.
     """
-    return max(0, min([_available(root / "proc/meminfo"), *_allowances(root)]))
+    left = [limit - used for limit, used in control_groups(root)]
+    return max(0, min([_available(root / "proc/meminfo"), *left]))
 
 
 def _available(meminfo: Path) -> int:
@@ -20,8 +21,10 @@ def _available(meminfo: Path) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def _allowances(root: Path) -> Iterator[int]:
-    """What every control group that this process is in has left, up to the root; version 1 or 2."""
+def control_groups(root: Path = Path("/")) -> Iterator[tuple[int, int]]:
+    """(limit, used) in bytes of every control group that this process is in and that limits it, up
+    to the root; version 1 or 2. Page cache that gives way does not count as used.
+    """
     groups, mount = root / "proc/self/cgroup", root / "sys/fs/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
@@ -34,16 +37,16 @@ def _allowances(root: Path) -> Iterator[int]:
         # Inside a container the group's own path may be hidden, and its files lie at the root.
         own = Path(path.strip("/"))
         for group in (own, *own.parents):
-            left = _left(top / group, limit, used)
-            if left is not None:
-                yield left
+            limited = _limited(top / group, limit, used)
+            if limited is not None:
+                yield limited
 
 
-def _left(group: Path, limit: str, used: str) -> int | None:
+def _limited(group: Path, limit: str, used: str) -> tuple[int, int] | None:
     try:
         most = (group / limit).read_text().strip()
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         taken = int((group / used).read_text()) - int(statistics.get("inactive_file", 0))
     except OSError:
         return None
-    return None if most == "max" else int(most) - taken
+    return None if most == "max" else (int(most), taken)

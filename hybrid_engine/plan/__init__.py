@@ -2,7 +2,7 @@
 
 from .holdings import Holding, StepPlan, gigabytes
 from .limits import Limits, memory_limits
-from .planner import NOT_PLANNED, RunPlan, checked, free_for_generation, out_of_memory, plan_run
+from .planner import NOT_PLANNED, RunPlan, checked, out_of_memory, plan_run
 from .process import give_back_freed
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "RunPlan",
     "StepPlan",
     "checked",
-    "free_for_generation",
     "gigabytes",
     "give_back_freed",
     "memory_limits",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -13,11 +11,7 @@ import torch
 from hybrid_engine.config import RunConfig
 from hybrid_engine.distributed.device import compute_device
 from hybrid_engine.distributed.env import rank_env
-
-_CGROUPS = (  # version 2, version 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
+from hybrid_engine.engine.free_memory import control_groups
 
 
 @dataclass(frozen=True)
@@ -56,22 +50,11 @@ def memory_limits(planned: float = 0.0, local_ranks: int = 1) -> Limits:
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     whole = [((memory.total + swap.total) // local_ranks, "the machine's memory and swap")]
     free = [memory.available // local_ranks + own]
-    for limit, used in cgroup_limits():
+    for limit, used in control_groups():
         whole.append((limit // local_ranks, "the container's memory limit"))
         free.append(max(limit - used, 0) // local_ranks + own)
     hard, source = min(whole + process_limits(own))
     return Limits(hard, min(hard, *free), source)
-
-
-def cgroup_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
-    """(limit, used) bytes where a control group sets one."""
-    for limit, used in _CGROUPS:
-        try:
-            most, now = ((root / name).read_text().strip() for name in (limit, used))
-        except OSError:
-            continue
-        if most != "max" and int(most) < 1 << 60:  # version 1 has no word for none
-            yield int(most), int(now)
 
 
 def process_limits(resident: int) -> list[tuple[int, str]]:

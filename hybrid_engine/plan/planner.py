@@ -126,15 +126,6 @@ def baseline(config: RunConfig) -> int:
     return resident_bytes() + _FIRST_USE
 
 
-def free_for_generation(plan: StepPlan, limits: Limits) -> int:
-    """Bytes that weights gathered for generation and the key-value cache may share: what is free
-    beside everything else that step 3 holds while it generates.
-    """
-    shared = ("key-value cache", "weights gathered for generation", "staging of the gather")
-    others = [holding for holding in plan.holdings if holding.name not in shared]
-    return limits.free - replace(plan, holdings=tuple(others)).peak("generate")
-
-
 def checked(plan: RunPlan, check: str, warn: Callable[[str], None]) -> None:
     """Refuses what cannot fit, and warns of what may not.
 

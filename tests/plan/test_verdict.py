@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hybrid_engine import cli
 from hybrid_engine.config import RunConfig
 from hybrid_engine.errors import UserError
-from hybrid_engine.plan import RunPlan, checked, free_for_generation, out_of_memory, plan_run
+from hybrid_engine.plan import RunPlan, checked, limits, out_of_memory, plan_run
 from hybrid_engine.plan.__main__ import main
-from hybrid_engine.plan.limits import cgroup_limits
 from hybrid_engine.plan.verdict import at_least, at_most
 from tests.tiny import make_tiny_model
 
@@ -103,17 +103,10 @@ def test_other_errors_are_left_alone(arguments: list[str]) -> None:
     assert out_of_memory(RuntimeError("size mismatch"), plan, "rlhf", "train") is None
 
 
-def test_what_generation_may_have(arguments: list[str]) -> None:
-    plan = planned(cli.parse(arguments), 100)
-    free = free_for_generation(plan.steps[2], plan.limits)
-    cache = next(h for h in plan.steps[2].holdings if h.name == "key-value cache")
-    generating = plan.steps[2].peak("generate") - cache.bytes_at("generate.rollout")
-    assert free == plan.limits.free - generating
-
-
-def test_a_container_has_a_limit(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("2000000\n")
-    (tmp_path / "memory.current").write_text("500000\n")
-    assert list(cgroup_limits(tmp_path)) == [(2_000_000, 500_000)]
-    (tmp_path / "memory.max").write_text("max\n")
-    assert list(cgroup_limits(tmp_path)) == []
+def test_a_container_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [(3_000_000_000, 1_000_000_000), (2_000_000_000, 1_900_000_000)]
+    monkeypatch.setattr(limits, "control_groups", lambda: iter(groups))
+    found = limits.memory_limits(local_ranks=2)
+    assert (found.hard, found.source) == (1_000_000_000, "the container's memory limit")
+    own = psutil.Process().memory_info().rss
+    assert found.free == pytest.approx(50_000_000 + own, rel=0.1)
