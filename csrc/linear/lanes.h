@@ -82,8 +82,8 @@ LaneTile lane_tile_of(int64_t rows) {
   return tile;
 }
 
-// lane_tile over any number of weight rows and a panel of `lanes` lanes (a value of lanes_for). Of the
-// rows fetched for later, every tile fetches as many as it has itself.
+// lane_tile over any number of weight rows and a panel of `lanes` lanes (a value of lanes_for). Of the rows
+// fetched for later, every tile fetches as many as it has itself.
 inline void multiply_lanes(int64_t rows, int64_t lanes, const float* w, int64_t w_stride, const float* x, int64_t depth,
                            const Prefetch& next, const Sums& sums) {
   const int64_t tile_rows = lanes == HalfVec::width ? kTileRows : kWideRows;

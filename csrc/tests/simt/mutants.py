@@ -10,8 +10,8 @@ A mutant that changes nothing is listed in ``equivalent_mutants.txt`` with the r
 
     csrc/norm/norm.cuh | the line, not indented | which of the mutants of such lines | reason
 
-It went through all three when it was listed, which takes long: a run that does not find anything
-has to end. From then on it runs plainly; ``--thorough`` does it all again.
+It went through all three when it was listed. That takes long, for only a program that fails ends
+early; from then on it runs plainly, and with ``--thorough`` through all three again.
 
 The last line says how many there are, how many are caught, and how many are listed. Exit code 1:
 a mutant is neither caught nor listed, or a listed one is caught after all.
