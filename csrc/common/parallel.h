@@ -1,7 +1,9 @@
 // One parallel loop for every CPU kernel. Threads split outputs; where they share a sum, its parts and their order are fixed
 // (attention's key tiles). So results do not depend on their number.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace hybrid {
 
@@ -22,6 +24,28 @@ void parallel_for(int64_t tasks, const Fn& fn) {
   } else if (tasks > 1) {
     run_tasks(tasks, [](const void* fn, int64_t task) { (*static_cast<const Fn*>(fn))(task); }, &fn);
   }
+}
+
+// Runs fn(i, end) for i in [0, count), in `shares` runs of neighbours. A thread walks through one in order, so that it knows
+// what it will read next (i + 1, if that is below the share's `end`), and memory sees a stream from each; then it helps with
+// the others, so that nobody waits for a thread that came late.
+template <typename Fn>
+void parallel_walk(int64_t count, int64_t shares, const Fn& fn) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const auto walks = std::make_unique<Share[]>(shares);
+  for (int64_t s = 0; s < shares; ++s) {
+    walks[s].next.store(count * s / shares, std::memory_order_relaxed);
+    walks[s].end = count * (s + 1) / shares;
+  }
+  parallel_for(shares, [&](int64_t first) {
+    for (int64_t s = 0; s < shares; ++s) {
+      Share& walk = walks[(first + s) % shares];
+      for (int64_t i; (i = walk.next.fetch_add(1, std::memory_order_relaxed)) < walk.end;) fn(i, walk.end);
+    }
+  });
 }
 
 }  // namespace hybrid

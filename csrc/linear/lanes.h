@@ -42,25 +42,28 @@ inline int64_t lanes_for(int64_t rows) {
 
 // sums[r, lane] (+)= w[r, :] . x[:, lane] for kRows weight rows and kVecs vectors of lanes; x stored [depth, lanes].
 template <typename V, int kRows, int kVecs>
-[[gnu::noinline]] void lane_tile(const float* w, int64_t w_stride, const float* x, int64_t depth, const Prefetch& next,
+[[gnu::noinline]] void lane_tile(const float* w, int64_t w_stride, const float* x, int64_t depth, Ahead ahead,
                                  const Sums& sums) {
   constexpr int64_t kLanes = kVecs * V::width;
   V acc[kRows][kVecs];
-  for (int64_t first = 0; first < depth; first += 16) {
-    next.line(first);
-    const int64_t end = smaller(depth, first + 16);
-    for (int64_t k = first; k < end; ++k) {
-      V column[kVecs];
+  const auto add = [&](int64_t k) {
+    V column[kVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) column[v] = V::load(x + k * kLanes + v * V::width);
+    for (int v = 0; v < kVecs; ++v) column[v] = V::load(x + k * kLanes + v * V::width);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const V weight(w[r * w_stride + k]);
+    for (int r = 0; r < kRows; ++r) {
+      const V weight(w[r * w_stride + k]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(weight, column[v], acc[r][v]);
-      }
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(weight, column[v], acc[r][v]);
     }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    ahead.fetch<kRows * 4>();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) add(k + i);
   }
+  for (; k < depth; ++k) add(k);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -72,7 +75,7 @@ template <typename V, int kRows, int kVecs>
   }
 }
 
-using LaneTile = void (*)(const float* w, int64_t w_stride, const float* x, int64_t depth, const Prefetch& next,
+using LaneTile = void (*)(const float* w, int64_t w_stride, const float* x, int64_t depth, Ahead ahead,
                           const Sums& sums);
 
 template <typename V, int kMaxRows, int kVecs>
@@ -85,14 +88,14 @@ LaneTile lane_tile_of(int64_t rows) {
 // lane_tile over any number of weight rows and a panel of `lanes` lanes (a value of lanes_for). Of the rows
 // fetched for later, every tile fetches as many as it has itself.
 inline void multiply_lanes(int64_t rows, int64_t lanes, const float* w, int64_t w_stride, const float* x, int64_t depth,
-                           const Prefetch& next, const Sums& sums) {
+                           Ahead ahead, const Sums& sums) {
   const int64_t tile_rows = lanes == HalfVec::width ? kTileRows : kWideRows;
   for (int64_t row = 0; row < rows; row += tile_rows) {
     const int64_t count = smaller(tile_rows, rows - row);
     const auto tile = lanes == HalfVec::width ? lane_tile_of<HalfVec, kTileRows, 1>(count)
                       : lanes == kPanelLanes  ? lane_tile_of<Vec, kWideRows, 2>(count)
                                               : lane_tile_of<HalfVec, kWideRows, 2>(count);
-    tile(w + row * w_stride, w_stride, x, depth, next.part(row, count, depth),
+    tile(w + row * w_stride, w_stride, x, depth, ahead.after(row * depth),
          {sums.base + row * sums.stride, sums.stride, sums.resume});
   }
 }

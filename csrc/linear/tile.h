@@ -7,7 +7,7 @@
 // b is reached in one of two ways:
 //   strip  b is stored [cols, depth] (a weight, a key tile) and is transposed in registers on its way through;
 //          nothing is written, so this is the way for few rows, where reading b is all the work.
-//   panel  b is stored [depth, cols] (a packed weight panel, a value tile): one load a vector; for many rows.
+//   panel  b is stored [depth, cols] (a packed panel, a value tile): one load a vector; for many rows.
 #pragma once
 #include "common/vec.h"
 #include "linear/element.h"
@@ -105,31 +105,21 @@ inline void load_transposed(const float* src, int64_t stride, int64_t rows, int6
 }
 
 // out[k * out_stride + r] = src[r * stride + k] for r < rows, k < depth; zero for r in [rows, cols).
-// cols is a multiple of the vector width. Sixteen rows advance together: fewer streams do not hide the latency of memory, and
-// more are lost on the prefetchers.
-template <typename Element>
-inline void pack_transposed(const Element* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
+// cols is a multiple of the vector width.
+inline void pack_transposed(const float* src, int64_t stride, int64_t rows, int64_t depth, float* out, int64_t cols,
                             int64_t out_stride) {
-  constexpr int64_t kStreams = 16, kDepth = Vec::width * kPerLane<Element>;
-  const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / kDepth * kDepth;
-  for (int64_t first = 0; first < whole_rows; first += kStreams) {
-    for (int64_t k = 0; k < whole_depth; k += kDepth) {
-      for (int64_t r = first; r < smaller(whole_rows, first + kStreams); r += Vec::width) {
-        Vec t[Vec::width];
-        load_transposed(src + r * stride + k, stride, t);
+  const int64_t whole_rows = rows / Vec::width * Vec::width, whole_depth = depth / Vec::width * Vec::width;
+  for (int64_t r = 0; r < whole_rows; r += Vec::width) {
+    for (int64_t k = 0; k < whole_depth; k += Vec::width) {
+      Vec t[Vec::width];
+      load_transposed(src + r * stride + k, stride, t);
 #pragma GCC unroll 16
-        for (int i = 0; i < Vec::width; ++i) {
-#pragma GCC unroll 2
-          for (int j = 0; j < kPerLane<Element>; ++j) {
-            widened<Element>(t[i], j).store(out + (k + i * kPerLane<Element> + j) * out_stride + r);
-          }
-        }
-      }
+      for (int i = 0; i < Vec::width; ++i) t[i].store(out + (k + i) * out_stride + r);
     }
   }
   for (int64_t k = whole_rows == cols ? whole_depth : 0; k < depth; ++k) {
     for (int64_t r = k < whole_depth ? whole_rows : 0; r < cols; ++r) {
-      out[k * out_stride + r] = r < rows ? to_float(src[r * stride + k]) : 0.0f;
+      out[k * out_stride + r] = r < rows ? src[r * stride + k] : 0.0f;
     }
   }
 }
@@ -142,51 +132,28 @@ struct Factor {
   Factor from(int64_t row, int64_t k) const { return {base + row * row_stride + k * depth_stride, row_stride, depth_stride}; }
 };
 
-// Rows of a weight that later tiles will read: fetched while this one computes, a line a row for every line of its own. Into L2: the
-// lines come from memory, and waiting for them in L1's few miss buffers would hold up this tile's own loads. Rows without gaps are
-// fetched in the order in which they lie, not in that in which a tile reads them: the hardware sees a stream, and runs ahead of it.
-class Prefetch {
- public:
-  Prefetch() = default;
-  template <typename Element>
-  Prefetch(const Element* base, int64_t stride, int64_t rows, int64_t depth)
-      : base_(reinterpret_cast<const char*>(base)), element_(kBytes<Element>), stride_(stride * kBytes<Element>), rows_(rows),
-        dense_(stride == depth) {}
+// Bytes of a weight that later tiles will read: fetched while this one computes, in the order in which they lie, so that the
+// hardware sees a stream and runs ahead of it. Into L2: the lines come from memory, and waiting for them in L1's few miss
+// buffers would hold up this tile's own loads.
+struct Ahead {
+  const void* at;
+  int64_t element;  // bytes for every element that the tile reads
 
-  // The share of a tile `depth` deep that has `count` of the rows, from `first` on, as far as there are so many.
-  Prefetch part(int64_t first, int64_t count, int64_t depth) const {
-    Prefetch part = *this;
-    part.base_ += first * (dense_ ? depth * element_ : stride_);
-    part.rows_ = larger(0, smaller(count, rows_ - first));
-    return part;
+  // The same line again and again: cheaper than asking at every turn.
+  static Ahead nothing(const void* cached) { return {cached, 0}; }
+
+  // The lines for kCount elements of the tile. Inlined at once: GCC takes a function that only fetches for one without
+  // effect, and drops its calls.
+  template <int kCount>
+  [[gnu::always_inline]] void fetch() {
+    constexpr int kLines = (kCount + 15) / 16;
+    const int64_t step = element * kCount / kLines;
+    const char* line = static_cast<const char*>(at);
+#pragma GCC unroll 32
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(line + i * step, 0, 2);
+    at = line + element * kCount;
   }
-
-  // What is left for elements `k` and later.
-  Prefetch from(int64_t k) const {
-    Prefetch later = *this;
-    later.base_ += k * pace();
-    return later;
-  }
-
-  // The tile has come to element `k`: the next lines, where one begins (every row as if aligned). Inlined at once: GCC takes a function
-  // that only fetches for one without effect, and drops its calls.
-  [[gnu::always_inline]] void line(int64_t k) const {
-    if (k * element_ % kLine != 0) return;
-    const char* line = base_ + k * pace();
-    const int64_t step = dense_ ? kLine : stride_;
-    for (int64_t r = 0; r < rows_; ++r) __builtin_prefetch(line + r * step, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  template <typename Element>
-  static constexpr int64_t kBytes = sizeof(Element);
-
-  int64_t pace() const { return dense_ ? rows_ * element_ : element_; }  // bytes of progress for every element of depth
-
-  const char* base_ = nullptr;
-  int64_t element_ = 0, stride_ = 0, rows_ = 0;  // bytes, bytes, count
-  bool dense_ = false;
+  Ahead after(int64_t elements) const { return {static_cast<const char*>(at) + elements * element, element}; }
 };
 
 // Where a tile's sums go: row r at base[r * stride], whole vectors; added to what is there (resume), or replacing it.
@@ -201,7 +168,7 @@ struct Sums {
 
 // sums[row] (+)= a[row, :] . b[col, :] for kStrips vectors of columns; b stored [kStrips * Vec::width, depth].
 template <int kRows, int kStrips, typename Element>
-[[gnu::noinline]] void strip_tile(const Factor& a, const Element* b, int64_t b_stride, int64_t depth, const Prefetch& next,
+[[gnu::noinline]] void strip_tile(const Factor& a, const Element* b, int64_t b_stride, int64_t depth, Ahead ahead,
                                   const Sums& sums) {
   constexpr int64_t kDepth = Vec::width * kPerLane<Element>;
   const float* x = a.base;
@@ -213,13 +180,13 @@ template <int kRows, int kStrips, typename Element>
   };
   int64_t k = 0;
   for (; k + kDepth <= depth; k += kDepth) {
-    if (k % 16 == 0) next.line(k);
 #pragma GCC unroll 2
     for (int s = 0; s < kStrips; ++s) {
       Vec t[Vec::width];
       load_transposed(b + s * Vec::width * b_stride + k, b_stride, t);
 #pragma GCC unroll 16
       for (int i = 0; i < Vec::width; ++i) {
+        ahead.fetch<Vec::width * kPerLane<Element>>();
 #pragma GCC unroll 2
         for (int j = 0; j < kPerLane<Element>; ++j) {
           add(s, k + i * kPerLane<Element> + j, widened<Element>(t[i], j));
@@ -293,13 +260,13 @@ inline void with_rows(int64_t rows, const Fn& fn) {
 // strip_tile for 1 <= rows <= kStripRows, or for two strips and 1 <= rows <= kTwinRows; a's depth_stride must be 1.
 template <typename Element>
 inline void multiply_strip(int64_t rows, const Factor& a, const Element* b, int64_t b_stride, int64_t depth,
-                           const Prefetch& next, const Sums& sums) {
-  with_rows<kStripRows>(rows, [&]<int kRows>() { strip_tile<kRows, 1>(a, b, b_stride, depth, next, sums); });
+                           Ahead ahead, const Sums& sums) {
+  with_rows<kStripRows>(rows, [&]<int kRows>() { strip_tile<kRows, 1>(a, b, b_stride, depth, ahead, sums); });
 }
 template <typename Element>
 inline void multiply_twin_strips(int64_t rows, const Factor& a, const Element* b, int64_t b_stride, int64_t depth,
-                                 const Prefetch& next, const Sums& sums) {
-  with_rows<kTwinRows>(rows, [&]<int kRows>() { strip_tile<kRows, 2>(a, b, b_stride, depth, next, sums); });
+                                 Ahead ahead, const Sums& sums) {
+  with_rows<kTwinRows>(rows, [&]<int kRows>() { strip_tile<kRows, 2>(a, b, b_stride, depth, ahead, sums); });
 }
 
 // panel_tile for 1 <= rows <= kPanelRows and 1 <= cols <= kPanelCols. Columns past cols are not read where b's last vector is

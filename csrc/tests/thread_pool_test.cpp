@@ -43,11 +43,40 @@ void check_loops(int64_t loops) {
   expect(wrong == 0, "each task of each loop runs exactly once, in its own loop");
 }
 
+void check_walks() {
+  for (const int64_t count : {0, 1, 2, 7, 97}) {
+    for (const int64_t shares : {1, 2, 3, 8}) {
+      std::vector<int64_t> runs(count), ends(count);
+      hybrid::parallel_walk(count, shares, [&](int64_t i, int64_t end) {
+        runs[i] += 1;
+        ends[i] = end;
+      });
+      bool right = true;
+      for (int64_t s = 0; s < shares; ++s) {
+        const int64_t end = count * (s + 1) / shares;
+        for (int64_t i = count * s / shares; i < end; ++i) right &= runs[i] == 1 && ends[i] == end;
+      }
+      expect(right, "each piece of a walk is visited once, and its share ends where the next begins");
+    }
+  }
+  const int64_t threads = hybrid::thread_count(), count = 16 * threads;
+  std::atomic<int64_t> others{0};
+  hybrid::parallel_walk(count, threads, [&](int64_t i, int64_t) {
+    if (i > 0) {
+      ++others;
+    } else {
+      while (others < count - 1) std::this_thread::yield();  // for ever, if its share waited for it
+    }
+  });
+  expect(others == count - 1, "who is done with a share helps with the others");
+}
+
 void check_region() {
   const PoolRegion region;
   expect(hybrid::ThreadPool::current() != nullptr, "a region uses the pool");
   expect(hybrid::thread_count() == omp_get_max_threads(), "a region has as many threads as OpenMP would have");
   check_loops(20000);
+  check_walks();
   std::atomic<int64_t> nested{0};
   parallel_for(8, [&](int64_t) {
     expect(hybrid::thread_count() == 1, "a task has its own thread only");
