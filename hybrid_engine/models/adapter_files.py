@@ -121,16 +121,16 @@ class AdapterFile:
             UserError: weights that are missing, damaged, too many or of another shape.
         """
         path = self.weights
-        with open_shard(path) as shard:
-            names = set(shard.names)
-            places = [p for p in adaptable(model.spec) if names & set(_tensor_names(p))]
-            if not places:
-                raise UserError(f"{path}: holds no LoRA factors of a layer of this model's blocks")
-            attach(model, self.config, places)
-            wanted = dict(_destinations(model, self.classifier))
-            _check_names(path, names, set(wanted))
-            for name, rows in wanted.items():
-                _copy(shard, name, rows)
+        shard = open_shard(path)
+        names = set(shard.names)
+        places = [p for p in adaptable(model.spec) if names & set(_tensor_names(p))]
+        if not places:
+            raise UserError(f"{path}: holds no LoRA factors of a layer of this model's blocks")
+        attach(model, self.config, places)
+        wanted = dict(_destinations(model, self.classifier))
+        _check_names(path, names, set(wanted))
+        for name, rows in wanted.items():
+            _copy(shard, name, rows)
 
 
 def write_adapter(model: NativeModel, target: Path | None) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,34 +150,39 @@ class Source:
         return cls(directory, read_json(directory / CONFIG), text)
 
 
+@dataclass(frozen=True)
 class ShardReader:
-    """One open weight file: names, shapes and tensors, without reading more than is asked for."""
+    """One weight file: its names, and the tensors one by one."""
 
-    def __init__(self, path: Path, handle: Any, names: Sequence[str]) -> None:
-        self.path, self.names = path, names
-        self._handle = handle
-
-    def tensor(self, name: str) -> Tensor:
-        if isinstance(self._handle, dict):
-            return self._handle[name]
-        return self._handle.get_tensor(name)
+    path: Path
+    names: Sequence[str]
+    tensor: Callable[[str], Tensor]
 
 
-@contextmanager
-def open_shard(path: Path) -> Iterator[ShardReader]:
-    """Open a weight file; a missing or damaged one is a UserError that names it."""
+def open_shard(path: Path) -> ShardReader:
+    """Open a weight file; a missing or damaged one is a UserError that names it.
+
+    Every tensor of a safetensors file is read through a mapping of its own, which goes with it:
+    what has been touched of a mapping stays resident, in the end the whole file.
+    """
     if not path.is_file():
         raise UserError(f"{path}: the checkpoint's index lists this file, but it is missing")
     if path.suffix == ".bin":
         state = _load_pickle(path)
-        yield ShardReader(path, state, list(state))
-        return
+        return ShardReader(path, list(state), state.__getitem__)
+
+    def mapped() -> Any:
+        return safe_open(path, framework="pt", device="cpu")
+
+    def tensor(name: str) -> Tensor:
+        with mapped() as file:
+            return file.get_tensor(name)
+
     try:
-        handle = safe_open(path, framework="pt", device="cpu")
+        with mapped() as file:
+            return ShardReader(path, list(file.keys()), tensor)
     except SafetensorError as error:
         raise UserError(f"{path}: damaged safetensors file ({error}); copy it again") from error
-    with handle as tensors:
-        yield ShardReader(path, tensors, list(tensors.keys()))
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

@@ -47,9 +47,9 @@ class WeightLoader:
         if not files:
             raise UserError(f"{self.directory}: no model.safetensors (or pytorch_model.bin)")
         for path in files:
-            with open_shard(path) as shard:
-                for name in shard.names:
-                    self._take(shard, name)
+            shard = open_shard(path)
+            for name in shard.names:
+                self._take(shard, name)
         self._resolve_tied_head()
         self._check_complete()
 

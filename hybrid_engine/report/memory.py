@@ -123,8 +123,12 @@ class PhasePeaks:
                 peaks[name] = max(peaks.get(name, 0), peak)
 
     def begin(self) -> None:
-        """Forgets the phases of an earlier stage; what ran since it ended belongs to this one."""
+        """A stage: what ran since the last one ended belongs to it."""
         self.bytes = dict(self._recent)
+
+    def end(self) -> None:
+        """Of a stage: nothing that ran in it belongs to the next."""
+        self.bytes, self._recent = {}, {}
 
     def take(self) -> dict[str, int]:
         """Peaks since the last call."""

@@ -132,6 +132,7 @@ class Reporter:
                 self._display.close()
             self._view = None
         self.summarize(name, {**self.spent(), "phase_gigabytes": self.memory(name)})
+        self._peaks.end()
 
     def memory(self, stage: str) -> dict[str, dict[str, float]]:
         """Peak memory of each phase of a stage so far: planned (where it was) and measured, in

@@ -43,6 +43,21 @@ def test_an_inner_phases_peak_is_the_outer_ones_too() -> None:
     assert peaks.take() == {}
 
 
+def test_nothing_of_a_stage_belongs_to_the_next() -> None:
+    gauge = Scripted()
+    peaks = PhasePeaks(gauge)
+    peaks.begin()
+    with peaks.phase("evaluate"):
+        gauge.value = 9
+    peaks.end()
+    with peaks.phase("load"):  # of the next one, which has not begun yet
+        gauge.value = 4
+    peaks.begin()
+    with peaks.phase("evaluate"):
+        gauge.value = 5
+    assert peaks.bytes == {"load": 4, "evaluate": 5}
+
+
 @pytest.mark.parametrize("kind", [KernelGauge, SampledGauge])
 def test_a_tensor_that_is_gone_has_been_seen(kind: type[Gauge]) -> None:
     if kind is KernelGauge and not Path("/proc/self/clear_refs").exists():
