@@ -85,8 +85,10 @@ class Case(NamedTuple):
 
     @property
     def plain(self) -> Case:
-        """What it is compared with: neither DeepSpeed's parts nor recomputed activations."""
-        return self._replace(zero="0", checkpointing=False)
+        """What it is compared with: float32, neither DeepSpeed's parts nor recomputed
+        activations.
+        """
+        return Case("0", lora=self.lora)
 
     def __str__(self) -> str:
         kind = "adapters" if self.lora else "all weights"
@@ -106,7 +108,8 @@ QUICK = [
     Case("3", "bfloat16", True, True),
 ]
 # Relative gap of the gradient norm, and gap of weights and log-probabilities. In bfloat16 rounding
-# alone moves sampled tokens from the second step on, so that only norms are compared.
+# alone moves sampled tokens from the second step on, so that only norms are compared: they are up
+# to 3.4 % from float32's, stage 0 of four ranks 4.7 %.
 TOLERANCES = {"float32": (1e-5, 1e-5, 1e-4), "bfloat16": (0.05, math.inf, math.inf)}
 
 
