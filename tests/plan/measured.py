@@ -1,7 +1,8 @@
 """A training step of a generated model in a process of its own: its peak beside what was planned.
 
 ``python -m tests.plan.measured FAMILY VARIANT ZERO_STAGE`` prints planned and measured bytes, net
-of what the process held before the model was made.
+of what the process held before the model was made: measured as resident memory, and by the counters
+of torch's profiler, which see tensors alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import dataclasses
 import gc
 import json
 import sys
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import world_size
@@ -116,6 +120,22 @@ def step(engine: TrainEngine) -> int:
     return len(part.rows)
 
 
+def tensors_held() -> int:
+    """Bytes of all tensors that Python knows of, each storage once."""
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def most_allocated(work: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator gave out at once during `work`, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(nbytes for _, nbytes in changes))
+
+
 def measure(family: str, variant: str, stage: str) -> dict[str, int]:
     give_back_freed()
     settings = {"zero_optimization": {"stage": int(stage)}}
@@ -132,10 +152,12 @@ def measure(family: str, variant: str, stage: str) -> dict[str, int]:
     step(engine)  # moments are there from now on
     gauge.reset()
     scored = step(engine)
+    measured = gauge.peak() - before
     zero = Zero.of(complete(settings, torch.float32, world_size(), 1.0), world_size())
     return {
         "planned": planned(spec, variant, zero, scored),
-        "measured": gauge.peak() - before,
+        "measured": measured,
+        "profiled": tensors_held() + most_allocated(lambda: step(engine)),
     }
 
 

@@ -1,4 +1,7 @@
-"""Planned against measured peaks of training, net of the process itself: within 10 %."""
+"""Planned against measured peaks of training, net of the process itself: within 10 % of resident
+memory, and in one process of the counters of torch's profiler too. (On two ranks the profiler finds
+up to half more than is ever resident.)
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ def test_a_training_step_takes_what_was_planned(family: str, variant: str) -> No
     figures = json.loads(done.stdout.splitlines()[-1])
     print(family, variant, figures)
     assert figures["measured"] > 40e6  # so that the noise of a process does not count
-    assert figures["planned"] == pytest.approx(figures["measured"], rel=0.1)
+    for how in ("measured", "profiled"):
+        assert figures["planned"] == pytest.approx(figures[how], rel=0.1), how
 
 
 @pytest.mark.multi_process
