@@ -31,7 +31,7 @@ void finish(const LinearArgs& args, Vec sums, int64_t row, int64_t col, int64_t 
 }
 
 // Calls body(i, next) for each of `units` equal pieces of work. `next` is the one that the same thread will get after i, as far
-// as that is known; otherwise i. Only as many threads take part as have enough to do.
+// as that is known; otherwise i again. Only as many threads take part as have enough to do.
 template <typename Body>
 void for_each_unit(int64_t units, int64_t work_per_unit, const Body& body) {
   const int64_t worthwhile = larger(1, ceil_div(units * work_per_unit, kTaskWork));
@@ -56,10 +56,10 @@ LinearArgs rows_of(const LinearArgs& args, int64_t first, int64_t count) {
   return rows;
 }
 
-// Weight rows from `col` on, if there are any, and if they lie without gaps.
+// Weight rows from `col` on, if they lie without gaps.
 template <typename Element>
 Ahead weight_ahead(const LinearArgs& args, const Element* w, int64_t col) {
-  if (col >= args.N || args.ldw != args.K) return Ahead::nothing(args.x);
+  if (args.ldw != args.K) return Ahead::nothing(args.x);
   return {w + col * args.ldw, sizeof(Element)};
 }
 
