@@ -1,6 +1,6 @@
 """Planned against measured peaks of training, net of the process itself: within 10 % of resident
-memory, and in one process of the counters of torch's profiler too. (On two ranks the profiler finds
-up to half more than is ever resident.)
+memory, and in one process of the counters of torch's profiler too. (Under ZeRO it counts a bucket
+of 80 MB that DeepSpeed takes whole, and so small a model does not fill.)
 """
 
 from __future__ import annotations
