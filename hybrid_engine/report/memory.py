@@ -96,8 +96,8 @@ def gauge_here() -> Gauge:
 
 
 class PhasePeaks:
-    """The peak of every phase so far, in bytes. Phases may nest; an inner one's peak is the outer
-    one's, too.
+    """The peak of every phase of a stage so far, in bytes. Phases may nest; an inner one's peak is
+    the outer one's, too.
     """
 
     def __init__(self, gauge: Gauge | None = None) -> None:
@@ -122,12 +122,8 @@ class PhasePeaks:
             for peaks in (self.bytes, self._recent):
                 peaks[name] = max(peaks.get(name, 0), peak)
 
-    def begin(self) -> None:
-        """A stage: what ran since the last one ended belongs to it."""
-        self.bytes = dict(self._recent)
-
-    def end(self) -> None:
-        """Of a stage: nothing that ran in it belongs to the next."""
+    def end_stage(self) -> None:
+        """What runs from now on, before the next stage begins too, belongs to the next."""
         self.bytes, self._recent = {}, {}
 
     def take(self) -> dict[str, int]:

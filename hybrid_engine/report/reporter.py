@@ -120,7 +120,6 @@ class Reporter:
         if self._capture is not None:
             self._capture.adopt()
         self._clock = PhaseClock()
-        self._peaks.begin()
         self._spent_before = dict(spent or {})
         self._view = StageView(name, total, start, self._clock)
         if self.main:
@@ -132,7 +131,7 @@ class Reporter:
                 self._display.close()
             self._view = None
         self.summarize(name, {**self.spent(), "phase_gigabytes": self.memory(name)})
-        self._peaks.end()
+        self._peaks.end_stage()
 
     def memory(self, stage: str) -> dict[str, dict[str, float]]:
         """Peak memory of each phase of a stage so far: planned (where it was) and measured, in

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from tests.stages.runs import Trainer
+from tests.stages.runs import Trainer, environment
 from tests.tiny import make_tiny_tokenizer, tiny_config
 
 pytestmark = [
@@ -55,7 +55,7 @@ WIDTHS = {  # some 45 to 75 million parameters
 def test_every_phase_takes_what_was_planned(family: str, tmp_path: Path) -> None:
     trainer = Trainer(_model(tmp_path / "model", family), _rows(tmp_path / "rows.jsonl"), SETTINGS)
     command = [sys.executable, "-m", "hybrid_engine.train_rlhf"]
-    subprocess.run([*command, *trainer.arguments(tmp_path / "out")], check=True)
+    subprocess.run([*command, *trainer.arguments(tmp_path / "out")], check=True, env=environment())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures = {
         (step, phase): peaks

@@ -46,13 +46,11 @@ def test_an_inner_phases_peak_is_the_outer_ones_too() -> None:
 def test_nothing_of_a_stage_belongs_to_the_next() -> None:
     gauge = Scripted()
     peaks = PhasePeaks(gauge)
-    peaks.begin()
     with peaks.phase("evaluate"):
         gauge.value = 9
-    peaks.end()
+    peaks.end_stage()
     with peaks.phase("load"):  # of the next one, which has not begun yet
         gauge.value = 4
-    peaks.begin()
     with peaks.phase("evaluate"):
         gauge.value = 5
     assert peaks.bytes == {"load": 4, "evaluate": 5}
