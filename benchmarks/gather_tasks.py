@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.crew import Tasks
 from benchmarks.peers.hf_zero3 import HFZero3
@@ -13,11 +15,11 @@ from benchmarks.slow_link import slow_all_gathers
 from benchmarks.workload import random_prompts
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed.collectives import barrier, rank
-from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
+from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine, gather
 from hybrid_engine.engine.gather_plan import part_sizes
 from hybrid_engine.engine.gather_policy import GatherPolicy
 from hybrid_engine.engine.staging import shards_group
-from hybrid_engine.models import CausalLM, load_causal_lm
+from hybrid_engine.models import load_causal_lm
 
 PROMPTS = 8
 
@@ -42,8 +44,15 @@ class _Rank:
         model = load_causal_lm(self._model)
         settings = {"zero_optimization": {"stage": stage}}
         train_engine = TrainEngine(model, OptimizerConfig(), 1, settings)
-        limit = 0 if pinned is None else _limit(model, pinned)
-        return HybridEngine(model, None, train_engine, weight_bytes=limit)
+        if pinned is None:
+            return HybridEngine(model, None, train_engine)
+        # As where ranks cannot read one copy, which would fit into any limit.
+        group = replace(shards_group(), one_copy=False)
+        policy = GatherPolicy(model.spec.num_layers, pinned)
+        limit = policy.held_bytes(part_sizes(model, group.ranks), group)
+        engine = HybridEngine(model, None, train_engine, weight_bytes=limit)
+        with mock.patch.object(gather, "shards_group", return_value=group), engine.generation():
+            return engine
 
     def ours(
         self,
@@ -106,13 +115,6 @@ class _Clock:
         barrier("lap")
         previous, self._last = self._last, time.perf_counter()
         return self._last - previous
-
-
-def _limit(model: CausalLM, pinned: int) -> int:
-    """What so many layers and the ring take; the model is in shards."""
-    group = shards_group()
-    policy = GatherPolicy(model.spec.num_layers, pinned)
-    return policy.held_bytes(part_sizes(model, group.ranks), group)
 
 
 def _prompts(length: int) -> list[list[int]]:

@@ -1,12 +1,12 @@
 """ZeRO-3 shards made whole for generation, layer by layer, while it computes.
 
 `generation()` starts a thread on every rank that runs one all-gather a layer, in the order of the
-forward pass, and lays the parameters into an arena. The decode program, bound to the arena, waits
-at a gate for each layer of its first pass, so the first prefill and the gather overlap. Where all
-layers fit, they stay: generating sends nothing from then on, and ranks may generate as much or as
-little as they like, or not at all.
+forward pass, and lays the parameters into a copy (`engine.gathered_copy`). The decode program,
+bound to the copy, waits at a gate for each layer of its first pass, so the first prefill and the
+gather overlap. Where all layers fit, they stay: generating sends nothing from then on, and ranks
+may generate as much or as little as they like, or not at all.
 
-Where they do not, some are streamed: their places in the arena are a ring, and they come anew for
+Where they do not, some are streamed: their places in the copy are a ring, and they come anew for
 every pass, ahead of it by as many layers as the ring and the collectives on their way have room
 for. Then the threads of all ranks go on together until nobody generates any more: what comes to a
 rank that does not read it is dropped.
@@ -29,9 +29,8 @@ from hybrid_engine.distributed.collectives import all_gather_json, barrier, ente
 from hybrid_engine.distributed.device import compute_device, on_own_device
 from hybrid_engine.distributed.process_group import initialise
 from hybrid_engine.distributed.standby import Standby
-from hybrid_engine.engine.arena import arena_on
 from hybrid_engine.engine.free_memory import free_memory
-from hybrid_engine.engine.gather_plan import part_sizes, plan_gather
+from hybrid_engine.engine.gather_plan import Piece, part_sizes, plan_gather
 from hybrid_engine.engine.gather_policy import (
     GatherPolicy,
     Group,
@@ -40,10 +39,12 @@ from hybrid_engine.engine.gather_policy import (
     pinning_all,
     solve_together,
 )
+from hybrid_engine.engine.gathered_copy import GatheredCopy, OwnCopy, SharedCopy
+from hybrid_engine.engine.gradient_memory import GradientMemory
 from hybrid_engine.engine.slices import Slices
-from hybrid_engine.engine.staging import NOBODY, Arrival, shards_group, staging_for
+from hybrid_engine.engine.staging import NOBODY, Arrival, StagedArrival, shards_group
 from hybrid_engine.models import CausalLM
-from hybrid_kernels import native_module, ops
+from hybrid_kernels import native_module
 
 _PHASE = "gathering the weights for generation"
 _PATIENCE_SECONDS = 0.2
@@ -74,7 +75,8 @@ class GatherCounters:
         received_bytes: from other ranks: (ranks - 1) times the sum over parameters of
             ceil(elements / ranks) * bytes an element; those of streamed layers in every round. With
             layers streamed, 8 bytes more in each collective.
-        arena_bytes: gathered weights, or the slices of them, held during the phase.
+        arena_bytes: gathered weights, or the slices of them, held during the phase; of one copy for
+            all ranks of the host this one's part, without what lies where gradients do in training.
         staging_bytes: beside them while gathering.
         seconds: from the beginning until the last layer was there; of a policy that streams, until
             nobody generated any more.
@@ -102,6 +104,7 @@ class GatheredWeights:
         weight_bytes: what gathered weights may take on this rank; 0: half of what is free beside
             ``kv_bytes``. The other half is for activations, for a cache without a limit, and for
             what the optimizer takes with its first step.
+        gradients: memory that the gathered weights may take meanwhile.
 
     Raises:
         UserError: ``weight_bytes`` that no policy can keep to.
@@ -113,8 +116,9 @@ class GatheredWeights:
         slices: Slices | None = None,
         weight_bytes: int = 0,
         kv_bytes: int = 0,
+        gradients: GradientMemory | None = None,
     ) -> None:
-        group = shards_group()
+        group = shards_group(gradients.nbytes if gradients else 0)
         sizes = part_sizes(model, group.ranks, slices)
         if compute_device().type == "cpu":
             budget = weight_bytes or free_for_weights(kv_bytes)
@@ -122,13 +126,19 @@ class GatheredWeights:
         else:  # a recorded step reads all layers
             budget, self.policy = None, pinning_all(sizes.blocks)
         self.plan_line = describe(self.policy, sizes, group, budget, slices.ranks if slices else 1)
-        self._plan = plan_gather(model, group.ranks, self.policy, slices)
+        self._slices = None  # of a copy that has all weights
+        self._copy: GatheredCopy
+        if self.policy.shares_copy(group):
+            self._slices = slices
+            self._plan = plan_gather(model, group.ranks, self.policy)
+            self._copy = SharedCopy(self._plan, group, gradients)
+        else:
+            self._plan = plan_gather(model, group.ranks, self.policy, slices)
+            self._copy = OwnCopy(self._plan, self.policy, sizes, group)
         self._slots = self.policy.slots()
         self._streamed = tuple(block + 1 for block in self._slots)
         first = rank() - (slices.rank if slices else 0)
         self._together = range(first, first + (slices.ranks if slices else 1))
-        self._weights = arena_on(compute_device(), self._plan.size)
-        self._staging = staging_for(self.policy, sizes, group)
         self.gate = native_module().WeightGate(set(self._streamed))
         self._leaving = threading.Event()
         self._last_in: dict[int, int] = {}  # each place of the ring
@@ -136,19 +146,25 @@ class GatheredWeights:
         self.counters = GatherCounters()
 
     def tensors(self) -> dict[str, Tensor | list[Tensor]]:
-        """Every parameter by name, as views of the arena: filled once :attr:`gate` opens."""
-        storage = self._weights.storage
-        return {name: piece.view(storage) for name, piece in self._plan.names.items()}
+        """Every parameter by name, as views of the copy: filled once :attr:`gate` opens."""
+        storage = self._copy.storage
+        return {name: self._view(name, piece, storage) for name, piece in self._plan.names.items()}
+
+    def _view(self, name: str, piece: Piece, storage: Tensor) -> Tensor | list[Tensor]:
+        if self._slices is None:
+            return piece.view(storage)
+        return self._slices.cut(name, piece.whole(storage))
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """The weights are there inside, or on their way; every rank must enter. With layers
-        streamed, ranks also leave together.
+        streamed, or with one copy for all, ranks also leave together.
 
         Raises:
             RankTimeout: a rank did not come.
             RuntimeError: a rank was lost on the way.
         """
+        self._copy.lend()  # before any rank writes there
         barrier(_PHASE)
         enter_phase("generating")
         self._failure = ""
@@ -164,7 +180,8 @@ class GatheredWeights:
             thread.join()
             self.counters = replace(self.counters, waited_seconds=self.gate.waited_seconds)
             self.gate.close()
-            self._weights.release()
+            if not self._failure:  # else some rank is lost, and others read what is there
+                self._copy.release()
         if self._failure:
             raise RuntimeError(self._failure)
 
@@ -174,12 +191,12 @@ class GatheredWeights:
     def _gather(self) -> None:
         start = time.perf_counter()
         self.counters = GatherCounters(
-            arena_bytes=self._weights.nbytes, staging_bytes=self._staging.nbytes
+            arena_bytes=self._copy.nbytes, staging_bytes=self._copy.staging_bytes
         )
         try:
             with on_own_device():
                 self._gather_all()
-            self._staging.release()
+            self._copy.end_gather()
         except Exception as error:  # the main thread raises it, which waits at the gate or joins
             self._failure = f"{_PHASE}: {error}; look at the other ranks' output for the cause"
             self.gate.fail(self._failure)
@@ -229,7 +246,7 @@ class GatheredWeights:
         part = self._plan.parts[number]
         if not part.pieces:
             return _Coming(number, reader, None)
-        arrival = self._staging.send(number, part, reader)
+        arrival = self._copy.send(number, part, reader)
         counters = self.counters
         self.counters = replace(
             counters,
@@ -252,7 +269,10 @@ class GatheredWeights:
             self.gate.open(coming.number)
             return True
         coming.arrival.wait()
-        words = coming.arrival.words() if self.policy.streams else [NOBODY]
+        words = [NOBODY]
+        if self.policy.streams:
+            assert isinstance(coming.arrival, StagedArrival)
+            words = coming.arrival.words()
         if self._streamed[:1] == (coming.number,):
             # Ranks that compute a layer together read the same rounds of it, or none.
             together = all(words[r] == coming.reader for r in self._together)
@@ -267,8 +287,7 @@ class GatheredWeights:
         return any(word != NOBODY for word in words)
 
     def _lay_out(self, number: int, arrival: Arrival) -> None:
-        runs = self._plan.parts[number].runs
-        ops.unshard_(self._weights.storage, arrival.everyone, *runs)
+        self._copy.lay_out(self._plan.parts[number], arrival)
         self.gate.open(number)
 
 

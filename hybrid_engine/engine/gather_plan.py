@@ -57,15 +57,28 @@ class Piece:
         row = whole // self.parameter.ds_shape[0]
         return [(begin * row, end * row) for begin, end in self.rows]
 
+    def own_range(self, rank: int) -> tuple[int, int]:
+        """Where the part of a rank begins in the flattened parameter, and its bytes without the
+        padding.
+        """
+        whole = self.parameter.ds_numel * self.dtype.itemsize
+        begin = min(whole, rank * self.part)
+        return begin, min(self.part, whole - begin)
+
     def shard(self) -> Tensor:
         """The bytes of this rank's part, where DeepSpeed has it now."""
         return self.parameter.ds_tensor.view(torch.uint8)
 
+    def whole(self, arena: Tensor) -> Tensor:
+        """The parameter in the arena, where all of it is kept."""
+        flat = arena[self.offset : self.offset + self.size].view(self.dtype)
+        return flat.view(self.parameter.ds_shape)
+
     def view(self, arena: Tensor) -> Tensor | list[Tensor]:
         """The parameter in the arena, or what is kept of it, row range by row range."""
-        flat = arena[self.offset : self.offset + self.size].view(self.dtype)
         if self.rows is None:
-            return flat.view(self.parameter.ds_shape)
+            return self.whole(arena)
+        flat = arena[self.offset : self.offset + self.size].view(self.dtype)
         kept = flat.view(-1, *self.parameter.ds_shape[1:])
         return list(kept.split([end - begin for begin, end in self.rows]))
 

@@ -66,6 +66,12 @@ class GatherPolicy:
     def word_bytes(self) -> int:
         return WORD_BYTES if self.streams else 0
 
+    def shares_copy(self, group: Group) -> bool:
+        """Whether one copy of the weights serves all ranks: what is streamed comes to each in its
+        own time.
+        """
+        return group.one_copy and not self.streams
+
     def slots(self) -> dict[int, int]:
         """The place in the ring of every block that is streamed: always the same, so that pointers
         into it stay."""
@@ -76,7 +82,11 @@ class GatherPolicy:
         return max((sizes.kept[block + 1] for block in self.streamed), default=0)
 
     def held_bytes(self, sizes: PartSizes, group: Group) -> int:
-        """Weights and what is on its way, at the most."""
+        """Weights and what is on its way, at the most. Of one copy for all ranks, this one's part,
+        without what lies in memory that is lent.
+        """
+        if self.shares_copy(group):
+            return max(0, sum(sizes.shards) - group.lent)
         streamed = set(self.streamed)
         kept = sum(
             size for part, size in enumerate(sizes.kept) if part - 1 not in streamed
@@ -96,10 +106,14 @@ class Group:
 
     Attributes:
         shared_memory: they reach each other's memory.
+        one_copy: and it is as near to all of them: they read one copy of what stays.
+        lent: bytes of it that each rank has and does not need while generating.
     """
 
     ranks: int
     shared_memory: bool = False
+    one_copy: bool = False
+    lent: int = 0
 
     @property
     def copies(self) -> int:
@@ -118,6 +132,8 @@ def staging_slots(policy: GatherPolicy, group: Group) -> int:
 
 def staging_bytes(policy: GatherPolicy, sizes: PartSizes, group: Group) -> tuple[int, int]:
     """Of the blocks that are on their way, and of the embedding and the head."""
+    if policy.shares_copy(group):
+        return 0, 0
     widest = max(sizes.shards[1:-1], default=0) + policy.word_bytes
     ends = sizes.shards[0] + sizes.shards[-1] + 2 * policy.word_bytes
     return group.copies * staging_slots(policy, group) * widest, group.copies * ends
@@ -189,6 +205,12 @@ def describe(
     if weight_bytes is not None:
         held += f" of at most {_mib(weight_bytes)}"
     sliced = f" (1/{inference_tp} of each)" if inference_tp > 1 else ""
+    if policy.shares_copy(group):
+        return (
+            f"generation keeps all {policy.blocks} layers once gathered, in one copy for "
+            f"{group.ranks} ranks: {held} a rank beside {_mib(group.lent)} where gradients lie in "
+            "training"
+        )
     if not policy.streams:
         return f"generation keeps all {policy.blocks} layers{sliced} once gathered: {held}"
     return (

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybrid_engine.distributed.collectives import all_gather_json, rank
 from hybrid_engine.distributed.device import compute_device, weights_backend
+from hybrid_engine.distributed.numa import memory_nodes
 from hybrid_engine.distributed.process_group import initialise
 from hybrid_engine.distributed.shared_memory import share_memory
 from hybrid_engine.engine.arena import arena_on
@@ -34,20 +35,30 @@ class Arrival:
     """A part's shards, once :meth:`wait` returns.
 
     Attributes:
+        received_bytes: from other ranks.
+    """
+
+    work: dist.Work
+    received_bytes: int
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+@dataclass(frozen=True)
+class StagedArrival(Arrival):
+    """The same, to be laid out elsewhere.
+
+    Attributes:
         everyone: ``[ranks, bytes of a shard and its word]``.
     """
 
     everyone: Tensor
-    work: dist.Work
     word_bytes: int
 
-    @property
-    def received_bytes(self) -> int:
-        """From other ranks."""
-        return self.everyone[1:].nbytes
-
-    def wait(self) -> None:
-        self.work.wait()
+    @staticmethod
+    def of(everyone: Tensor, work: dist.Work, word_bytes: int) -> StagedArrival:
+        return StagedArrival(work, everyone[1:].nbytes, everyone, word_bytes)
 
     def words(self) -> list[int]:
         """The rollout that each rank was in when it sent this, or NOBODY."""
@@ -55,6 +66,19 @@ class Arrival:
             self.everyone[:, -self.word_bytes :].contiguous().view(torch.int64)[:, 0].tolist()
         )
         return words
+
+
+class Words:
+    """Collectives that bring nothing: this rank has written what it shows to the others."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks, self._said = ranks, torch.empty(1, dtype=torch.uint8)
+        self._dist = _own_group()
+
+    def send(self) -> dist.Work:
+        """All ranks have, when it is done."""
+        heard = torch.empty(self._ranks, dtype=torch.uint8)
+        return dist.all_gather_into_tensor(heard, self._said, group=self._dist, async_op=True)
 
 
 NOBODY = 0  # reads
@@ -101,7 +125,7 @@ class Staging:
     def nbytes(self) -> int:
         return self._arena.nbytes
 
-    def send(self, number: int, part: Part, rollout: int) -> Arrival:
+    def send(self, number: int, part: Part, rollout: int) -> StagedArrival:
         """Begins the collective that brings part ``number``, which has parameters."""
         width = part.shard_size + self._places.word
         start = self._copies * self._places.take(number)
@@ -109,7 +133,7 @@ class Staging:
         own, everyone = buffer[:width], buffer[width:]
         self._places.fill(own, part, rollout)
         work = dist.all_gather_into_tensor(everyone, own, group=self._dist, async_op=True)
-        return Arrival(everyone.view(-1, width), work, self._places.word)
+        return StagedArrival.of(everyone.view(-1, width), work, self._places.word)
 
     def release(self) -> None:
         """The memory goes back; all that was sent has arrived here."""
@@ -123,45 +147,51 @@ class SharedStaging:
         self, policy: GatherPolicy, sizes: PartSizes, group: Group, pages: mmap.mmap
     ) -> None:
         self._places = Places(policy, sizes, group)
-        self._pages, self._ranks = pages, group.ranks
+        self._pages = pages
         self._shown = torch.frombuffer(pages, dtype=torch.uint8).view(group.ranks, -1)
-        self._word = torch.empty(1, dtype=torch.uint8)
-        self._dist = _own_group()
+        self._words = Words(group.ranks)
 
     @staticmethod
     def size(policy: GatherPolicy, sizes: PartSizes, group: Group) -> int:
         """Bytes of memory to share: whole pages for each rank, which gives back its own."""
-        return group.ranks * _whole_pages(Places(policy, sizes, group).size)
+        return group.ranks * whole_pages(Places(policy, sizes, group).size)
 
     @property
     def nbytes(self) -> int:
         return self._places.size
 
-    def send(self, number: int, part: Part, rollout: int) -> Arrival:
-        """As `Staging.send`: a rank that sends has written what it shows."""
+    def send(self, number: int, part: Part, rollout: int) -> StagedArrival:
+        """As `Staging.send`."""
         width, start = part.shard_size + self._places.word, self._places.take(number)
         everyone = self._shown[:, start : start + width]
         self._places.fill(everyone[rank()], part, rollout)
-        return Arrival(everyone, self._send_word(), self._places.word)
-
-    def _send_word(self) -> dist.Work:
-        heard = torch.empty(self._ranks, dtype=torch.uint8)
-        return dist.all_gather_into_tensor(heard, self._word, group=self._dist, async_op=True)
+        return StagedArrival.of(everyone, self._words.send(), self._places.word)
 
     def release(self) -> None:
         """The memory goes back when all ranks have read it."""
-        self._send_word().wait()
+        self._words.send().wait()
         size = self._shown[0].nbytes
         self._pages.madvise(mmap.MADV_REMOVE, rank() * size, size)
 
 
-def shards_group() -> Group:
-    """All ranks, and whether they reach each other's memory; a collective of them."""
+def shards_group(gradients: int = 0) -> Group:
+    """All ranks, and what they have of each other's memory; a collective of them.
+
+    Args:
+        gradients: bytes that this rank could lend.
+    """
     env = initialise().env
     if compute_device().type != "cpu" or env.local_world_size < env.world_size:
         return Group(env.world_size)
     _, missing = share_memory(1, rank() == 0, all_gather_json)
-    return Group(env.world_size, shared_memory=not missing)
+    said = all_gather_json([memory_nodes(), gradients])
+    near = len({node for nodes, _ in said for node in nodes}) <= 1
+    return Group(
+        env.world_size,
+        shared_memory=not missing,
+        one_copy=near and not missing,
+        lent=min(lent for _, lent in said),
+    )
 
 
 def staging_for(policy: GatherPolicy, sizes: PartSizes, group: Group) -> Staging | SharedStaging:
@@ -179,5 +209,6 @@ def _own_group() -> dist.ProcessGroup:
     return dist.new_group(backend=weights_backend(), timeout=initialise().timeout)
 
 
-def _whole_pages(size: int) -> int:
+def whole_pages(size: int) -> int:
+    """Rounded up."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -27,6 +27,7 @@ from hybrid_engine.distributed.waiting import waiting
 from hybrid_engine.engine import deepspeed_config as settings
 from hybrid_engine.engine.deepspeed_limits import check_supported
 from hybrid_engine.engine.frozen import FrozenWeights, frozen_checksum
+from hybrid_engine.engine.gradient_memory import GradientMemory, gradient_memory
 from hybrid_engine.engine.master_state import shard_of
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
@@ -93,6 +94,7 @@ class TrainEngine:
             self._engine.enable_backward_allreduce = False
         self._state = TrainState(module, self._engine, self._optimizer, name, frozen)
         self._frozen = FrozenWeights(module, name) if verify_frozen else None
+        self._accumulating = False  # gradients wait for their step
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +126,7 @@ class TrainEngine:
         A non-finite loss makes the gradient NaN, so that the step is skipped on every rank.
         """
         self._guard.watch(loss_sum)
+        self._accumulating = True
         scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
         scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
         with waiting(f"{self._name}: backward"):
@@ -141,6 +144,7 @@ class TrainEngine:
             group["lr"] = self.lr
         with waiting(f"{self._name}: optimizer step"):
             self._engine.step()
+            self._accumulating = False
             applied, norm = self._outcome()
         self.check_frozen("training")
         self.steps += 1
@@ -186,6 +190,12 @@ class TrainEngine:
             for name, p in self.module.named_parameters()
             if p.requires_grad
         }
+
+    def gradient_memory(self) -> GradientMemory | None:
+        """Where ZeRO-3 keeps this rank's gradients, for others to use between steps."""
+        if self.zero_stage < 3:
+            return None
+        return gradient_memory(self._engine.optimizer, lambda: self._accumulating)
 
     @contextmanager
     def full_parameters(self) -> Iterator[nn.Module]:

@@ -129,7 +129,8 @@ def weights_of(
     if is_quantized(model):
         return DequantizedWeights(model, slices)
     if in_shards and isinstance(model, CausalLM) and native_available():
-        return GatheredWeights(model, slices, weight_bytes, kv_bytes)
+        gradients = train_engine.gradient_memory() if train_engine else None
+        return GatheredWeights(model, slices, weight_bytes, kv_bytes, gradients)
     return OwnWeights(model, slices)
 
 

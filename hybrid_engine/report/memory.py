@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from hybrid_engine.distributed.device import compute_device
+from hybrid_engine.distributed.env import rank_env
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _SAMPLING_SECONDS = 0.01
@@ -27,7 +28,9 @@ class Gauge(Protocol):
 
 
 class KernelGauge:
-    """The kernel's own mark of this process's resident memory (Linux)."""
+    """The kernel's own mark of this process's resident memory (Linux). What the ranks of a host
+    share is resident in each, and counts by its part.
+    """
 
     how = "resident memory, the kernel's high-water mark"
 
@@ -35,10 +38,15 @@ class KernelGauge:
         _CLEAR_REFS.write_text("5")
 
     def peak(self) -> int:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"{_STATUS} has no VmHWM")
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        if "VmHWM" not in fields:
+            raise OSError(f"{_STATUS} has no VmHWM")
+        most, shared = (_kilobytes(fields.get(name, "0 kB")) for name in ("VmHWM", "RssShmem"))
+        return most - shared + shared // rank_env().local_world_size
+
+
+def _kilobytes(field: str) -> int:
+    return int(field.split()[0]) * 1024
 
 
 class SampledGauge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +39,7 @@ class Case:
     merge: bool = False
     pinned: int | None = None  # layers that stay; None: all
     sockets: bool = False  # as between hosts
+    far: bool = False  # each rank's memory at a processor of its own
 
     def model(self, directory: Path) -> CausalLM:
         return load_sharpened(directory / self.layout, self.lora).to(self.dtype)
@@ -70,7 +72,8 @@ SOCKETS = {
     "sockets": Case("llama-uneven", LORA, sockets=True),
     "sockets streamed": Case("gpt2-uneven", pinned=0, sockets=True),
 }
-EVERY_CASE = {**CASES, **STREAMED, **SOCKETS}
+FAR = {"far": Case("llama-uneven", LORA, far=True)}
+EVERY_CASE = {**CASES, **STREAMED, **SOCKETS, **FAR}
 FEW_STREAMED = ("llama-lora streamed", "opt streamed", "gpt2 streamed", "bfloat16 streamed")
 FAMILIES = tuple(CASES)[:6]
 STAGES = (0, 1, 2, 3)
@@ -81,7 +84,26 @@ def make_engine(directory: str, case: Case, stage: int) -> HybridEngine:
     config = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_ratio=0.0)
     trained = TrainEngine(model, config, 9, {"zero_optimization": {"stage": stage}})
     limit = limit_of(case, model) if stage == 3 and world_size() > 1 else 0
-    return HybridEngine(model, None, trained, merge_adapters=case.merge, weight_bytes=limit)
+    engine = HybridEngine(model, None, trained, merge_adapters=case.merge, weight_bytes=limit)
+    return where(case, engine)
+
+
+def where(case: Case, engine: HybridEngine) -> HybridEngine:
+    """With its ranks where the case has them. What is streamed is so where no copy is shared."""
+    weights_source = engine._weights_source
+
+    def placed() -> Any:
+        if shares_copy(case):
+            return weights_source()
+        with mock.patch.object(gather, "shards_group", return_value=group_of(case)):
+            return weights_source()
+
+    mock.patch.object(engine, "_weights_source", placed).start()
+    return engine
+
+
+def shares_copy(case: Case) -> bool:
+    return case.pinned is None and not case.sockets and not case.far
 
 
 def limit_of(case: Case, model: CausalLM, slices: Slices | None = None) -> int:
@@ -93,7 +115,9 @@ def limit_of(case: Case, model: CausalLM, slices: Slices | None = None) -> int:
 
 
 def group_of(case: Case) -> Group:
-    return Group(world_size()) if case.sockets else shards_group()
+    if case.sockets:
+        return Group(world_size())
+    return dataclasses.replace(shards_group(), one_copy=shares_copy(case))
 
 
 def share() -> list[int]:
@@ -124,8 +148,7 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
     """Generate, train, generate again, score with the training forward."""
     engine = make_engine(directory, case, stage)
     mine = share()
-    with mock.patch.object(gather, "shards_group", return_value=group_of(case)):
-        rollout_of(engine, [])
+    rollout_of(engine, [])
     with engine.generation():
         before = rollout_of(engine, mine)
         first = pointers(engine)
@@ -149,7 +172,7 @@ def one_case(directory: str, case: Case, stage: int) -> dict[str, Any]:
 
 def few(directory: str) -> dict[str, Any]:
     """Every case in shards; every stage for one."""
-    in_shards = (*CASES, *FEW_STREAMED, *SOCKETS)
+    in_shards = (*CASES, *FEW_STREAMED, *SOCKETS, *FAR)
     return run_cases(
         directory, [(name, 3) for name in in_shards] + [("opt-lora", n) for n in (0, 1, 2)]
     )
@@ -157,7 +180,7 @@ def few(directory: str) -> dict[str, Any]:
 
 def many(directory: str) -> dict[str, Any]:
     wanted = [(name, stage) for name in FAMILIES for stage in STAGES]
-    return run_cases(directory, wanted + [(name, 3) for name in (*STREAMED, *SOCKETS)])
+    return run_cases(directory, wanted + [(name, 3) for name in (*STREAMED, *SOCKETS, *FAR)])
 
 
 def run_cases(directory: str, wanted: list[tuple[str, int]]) -> dict[str, Any]:
@@ -266,15 +289,25 @@ def test_counters_follow_the_formula(found, directory) -> None:
 
 
 def test_the_arena_holds_what_stays_and_a_ring(found, directory) -> None:
-    for name in filter(in_shards, found[1][0]):
+    world, ranks = found
+    for name in filter(in_shards, ranks[0]):
         case = case_of(name)
         parts = parts_of(case.model(directory))
         sizes = [sum(p.nbytes for p in part) for part in parts]
         streamed = len(parts) - 2 - case.pinned if case.pinned is not None else 0
         held = sum(sizes) - streamed * sizes[1] + 2 * sizes[1] * bool(streamed)
         slack = 64 * sum(map(len, parts))
-        for results in found[1]:
-            assert held <= results[name]["gathered"]["arena_bytes"] < held + slack, name
+        for results in ranks:
+            arena = results[name]["gathered"]["arena_bytes"]
+            if not shares_copy(case):
+                assert held <= arena < held + slack, name
+                continue
+            # This rank's part of one copy, beside what lies where gradients do, in whole pages.
+            trained = [p for part in parts for p in part if p.requires_grad]
+            lent = world * shard_bytes(trained, world)
+            least, most = held - lent - world * mmap.PAGESIZE, held + slack - lent
+            assert max(0, least) < world * (arena + 1), name
+            assert world * arena <= max(0, most), name
 
 
 def test_one_rank_reads_its_shards_in_place(directory) -> None:

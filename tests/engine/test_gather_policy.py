@@ -50,6 +50,18 @@ def test_held_bytes_by_hand() -> None:
     assert policy.held_bytes(sizes, shared) == held
 
 
+@pytest.mark.parametrize(("lent", "own"), [(0, 2592), (592, 2000), (9999, 0)])
+def test_one_copy_counts_by_its_part_beside_what_is_lent(lent: int, own: int) -> None:
+    sizes, group = sizes_of(6), Group(RANKS, shared_memory=True, one_copy=True, lent=lent)
+    assert (
+        pinning_all(6).held_bytes(sizes, group) == own == max(0, (1280 + 6 * 640 + 64) // 2 - lent)
+    )
+    assert solve(sizes, group, own) == pinning_all(6)
+    # What is streamed comes to each rank in its own time, as without a copy for all.
+    alone, streamed = Group(RANKS, shared_memory=True), GatherPolicy(6, pinned=0)
+    assert streamed.held_bytes(sizes, group) == streamed.held_bytes(sizes, alone)
+
+
 @given(st.integers(3, 70), st.integers(0, 70))
 def test_streamed_layers_are_spread_and_never_share_a_place_with_their_neighbour(
     blocks: int, pinned: int
@@ -100,4 +112,9 @@ def test_the_plan_is_one_line() -> None:
     )
     assert describe(pinning_all(8), sizes, GROUP, None, 2) == (
         "generation keeps all 8 layers (1/2 of each) once gathered: 16.5 MiB"
+    )
+    one_copy = Group(RANKS, shared_memory=True, one_copy=True, lent=2**20)
+    assert describe(pinning_all(8), sizes, one_copy, 20 * 2**20, 2) == (
+        "generation keeps all 8 layers once gathered, in one copy for 2 ranks: 3.5 MiB of at most "
+        "20.0 MiB a rank beside 1.0 MiB where gradients lie in training"
     )

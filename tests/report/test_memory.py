@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,18 @@ def test_a_tensor_that_is_gone_has_been_seen(kind: type[Gauge]) -> None:
     assert gauge.peak() > held - MEGABYTE  # the kernel counts pages in batches
     gauge.reset()
     assert gauge.peak() < held - 40 * MEGABYTE
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_what_ranks_of_a_host_share_counts_by_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, size = 4, 40 * MEGABYTE
+    for name, value in {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    gauge = KernelGauge()
+    gauge.reset()
+    before = gauge.peak()
+    with mmap.mmap(-1, size) as pages:  # anonymous and shared
+        pages.write(b"1" * size)
+        gauge.reset()
+        held = gauge.peak() - before
+    assert size // ranks - MEGABYTE < held < size // ranks + 5 * MEGABYTE
