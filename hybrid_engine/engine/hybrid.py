@@ -144,8 +144,8 @@ class HybridEngine:
 
         Its weights are gathered once a phase, while the first rollout prefills: see
         `engine.gather`. Generating itself needs no message between ranks, so ranks may generate
-        unequally much and long. Where ``weight_bytes`` has layers streamed, a rank leaves when all
-        have: until then the others may need what it sends.
+        unequally much and long. Ranks of one host, which read one copy, leave together, and so do
+        all where ``weight_bytes`` has layers streamed, and the others may need what a rank sends.
         """
         with self._enter("generation"):
             with self._weights_source().whole():

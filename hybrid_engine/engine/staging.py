@@ -190,7 +190,7 @@ def shards_group(gradients: int = 0) -> Group:
         env.world_size,
         shared_memory=not missing,
         one_copy=near and not missing,
-        lent=min(lent for _, lent in said),
+        lent=gradients if all(lent == gradients for _, lent in said) else 0,
     )
 
 

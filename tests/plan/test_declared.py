@@ -17,8 +17,15 @@ from hybrid_engine.models import (
     load_scalar_model,
     share_frozen_trunk,
 )
-from hybrid_engine.plan.generation import RolloutShape, part_sizes, rollout_holdings
+from hybrid_engine.plan import generation
+from hybrid_engine.plan.generation import (
+    RolloutShape,
+    gather_holdings,
+    part_sizes,
+    rollout_holdings,
+)
 from hybrid_engine.plan.models import model_size, own_bytes, shared_blocks
+from hybrid_engine.plan.training import Zero
 from tests.engine.rollouts import run
 from tests.tiny import make_tiny_model
 
@@ -94,3 +101,26 @@ def test_what_is_gathered(directory: Path, ranks: int, lora: LoRAConfig | None) 
         p.ds_tensor = torch.empty(-(-p.numel() // ranks))
     size = model_size(model.spec, "float32", "it", lora=lora)
     assert part_sizes(size, ranks) == gather_plan.part_sizes(model, ranks)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(r=3)], ids=["all", "lora"])
+def test_one_copy_for_a_host_lies_where_gradients_do(
+    directory: Path, lora: LoRAConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(directory, lora=lora)
+    size = model_size(model.spec, "float32", "it", lora=lora)
+    zero, moment = Zero(stage=3, ranks=2), "generate.rollout"
+
+    def held(nodes: list[int], one_host: bool = True) -> list[int]:
+        monkeypatch.setattr(generation, "memory_nodes", lambda: nodes)
+        found = gather_holdings(size, zero, GenerationConfig(), one_host, moment)
+        return [holding.bytes_at(moment) for holding in found]
+
+    shard = sum(part_sizes(size, 2).shards)
+    weights, staging = held([0])
+    assert staging == 0
+    assert abs(weights - (shard - 2 * size.trained)) <= 4 * len(size.parameters)
+    assert (weights == 0) == (lora is None)
+    for elsewhere in (held([0, 1]), held([0], one_host=False)):
+        assert elsewhere[0] == sum(part_sizes(size, 2).kept)
+        assert elsewhere[1] > 0
