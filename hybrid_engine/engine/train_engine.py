@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,21 @@ from torch import Tensor, nn
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.distributed import process_group
-from hybrid_engine.distributed.collectives import all_gather_tensor, is_main, world_size
-from hybrid_engine.distributed.parts import Part
+from hybrid_engine.distributed.collectives import world_size
 from hybrid_engine.distributed.waiting import waiting
 from hybrid_engine.engine import deepspeed_config as settings
 from hybrid_engine.engine.deepspeed_limits import check_supported
 from hybrid_engine.engine.frozen import FrozenWeights, frozen_checksum
 from hybrid_engine.engine.gradient_memory import GradientMemory, gradient_memory
-from hybrid_engine.engine.master_state import shard_of
+from hybrid_engine.engine.held_parameters import HeldParameters
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
-from hybrid_engine.engine.train_state import TrainState, forget_secondary_shards
+from hybrid_engine.engine.train_state import TrainState
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import is_quantized
 
 
-class TrainEngine:
+class TrainEngine(HeldParameters):
     """Trains the parameters of `module` that require a gradient.
 
     Args:
@@ -64,7 +62,6 @@ class TrainEngine:
         verify_frozen: bool = False,
     ) -> None:
         process_group.initialise()
-        self.module = module
         self._config = optimizer
         self._total_steps = total_steps
         self._name = name
@@ -76,8 +73,8 @@ class TrainEngine:
             optimizer.max_grad_norm,
         )
         check_supported(self._settings, self._device.type)
-        self.zero_stage = settings.zero_stage(self._settings)
-        if self.zero_stage == 3 and is_quantized(module):
+        zero_stage = settings.zero_stage(self._settings)
+        if zero_stage == 3 and is_quantized(module):
             raise UserError(
                 f"{name}: a base in few bits is whole on every rank, which ZeRO stage 3 does not "
                 "keep; take stage 0, 1 or 2, or leave --lora-base-bits out"
@@ -88,7 +85,8 @@ class TrainEngine:
         self._bare_norm: float | None = None
         if settings.clips_outside(self._settings):
             self._optimizer.register_step_pre_hook(self._clip_bare_optimizer)
-        self._engine = _initialise_deepspeed(module, self._optimizer, self._settings)
+        engine = _initialise_deepspeed(module, self._optimizer, self._settings)
+        super().__init__(module, engine, zero_stage)
         if world_size() == 1 and settings.clips_outside(self._settings):
             # A rank alone has nothing to average; DeepSpeed would still copy all gradients twice.
             self._engine.enable_backward_allreduce = False
@@ -181,99 +179,11 @@ class TrainEngine:
         elif self._config.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, norm)
 
-    # Parameters as a whole, for saving and for averaging.
-
-    def local_parameters(self) -> dict[str, Tensor]:
-        """What this rank holds of each trainable parameter: all of it, or its flat ZeRO-3 shard."""
-        return {
-            name: getattr(p, "ds_tensor", p).detach()
-            for name, p in self.module.named_parameters()
-            if p.requires_grad
-        }
-
     def gradient_memory(self) -> GradientMemory | None:
         """Where ZeRO-3 keeps this rank's gradients, for others to use between steps."""
         if self.zero_stage < 3:
             return None
         return gradient_memory(self._engine.optimizer, lambda: self._accumulating)
-
-    @contextmanager
-    def full_parameters(self) -> Iterator[nn.Module]:
-        """The module with every parameter whole, on every rank; ZeRO-3 gathers them all at once.
-
-        For reading: changes are lost under ZeRO-3.
-        """
-        with self._gathered(list(self.module.parameters())):
-            yield self.module
-
-    @contextmanager
-    def parameters_replaced(self, local: Mapping[str, Tensor]) -> Iterator[None]:
-        """Show other values (an average) in place of the trained ones, for saving; then restore
-        them.
-
-        `local` is keyed and shaped like :meth:`local_parameters`. Do not train inside.
-        """
-        held = self.local_parameters()
-        kept = {name: held[name].clone() for name in local}
-        try:
-            self._overwrite(local)
-            yield
-        finally:
-            self._overwrite(kept)
-
-    @torch.no_grad()
-    def _overwrite(self, local: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.module.named_parameters():
-            if name not in local:
-                continue
-            getattr(parameter, "ds_tensor", parameter).detach().copy_(local[name])
-            if (
-                self.zero_stage == 3 and parameter.numel() > 0
-            ):  # small: ZeRO-3 keeps it gathered too
-                shape = parameter.ds_shape  # type: ignore[attr-defined]
-                whole = all_gather_tensor(local[name]).flatten()
-                parameter.detach().copy_(whole[: math.prod(shape)].view(shape))
-        forget_secondary_shards(self._engine.optimizer)
-
-    def gathered_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and buffer on rank 0's CPU, gathered one at a time; empty on other ranks.
-
-        Tied parameters share their tensor; without ZeRO-3 on a CPU the tensors are the live ones.
-        """
-        copies: dict[int, Tensor] = {}
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if id(parameter) not in copies:
-                with self._gathered([parameter]):
-                    if is_main():
-                        value = parameter.detach().cpu()
-                        copies[id(parameter)] = value.clone() if self.zero_stage == 3 else value
-                    else:
-                        copies[id(parameter)] = torch.empty(0)
-            if is_main():
-                state[name] = copies[id(parameter)]
-        if is_main():
-            state |= {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
-        return state
-
-    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        if self.zero_stage < 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
-
-    def parts(self, values: Mapping[str, Tensor]) -> dict[str, Part]:
-        """`values` (an average), keyed and shaped like :meth:`local_parameters`, for a checkpoint
-        to write or to fill.
-        """
-        parameters = dict(self.module.named_parameters())
-        return {
-            name: Part(0, value.view(-1), everywhere=True)
-            if self.zero_stage < 3
-            else _shard(parameters[name], value)
-            for name, value in values.items()
-        }
 
     # Checkpoints.
 
@@ -297,11 +207,6 @@ class TrainEngine:
         self.steps = counts["steps"]
         self._guard.skipped = counts["skipped"]
         self._guard.consecutive = counts["consecutive_bad"]
-
-
-def _shard(parameter: nn.Parameter, values: Tensor) -> Part:
-    start, count = shard_of(parameter)
-    return Part(start, values[:count])
 
 
 def _trained_dtype(module: nn.Module) -> torch.dtype:
