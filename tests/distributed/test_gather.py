@@ -93,7 +93,7 @@ def where(case: Case, engine: HybridEngine) -> HybridEngine:
     weights_source = engine._weights_source
 
     def placed() -> Any:
-        if shares_copy(case):
+        if shares_copy(case) or engine._weights is not None:
             return weights_source()
         with mock.patch.object(gather, "shards_group", return_value=group_of(case)):
             return weights_source()
