@@ -65,6 +65,11 @@ def check_step_3(run: Run, zero_stage: int) -> None:
             "generating under ZeRO-3 needs the native kernels (see the warning above); use ZeRO "
             "stage 0, 1 or 2"
         )
+    if config.rlhf.frozen_models == "offload" and config.model.device == "cpu":
+        raise UserError(
+            "rlhf.frozen_models offload takes models from a GPU into the host's memory, where "
+            "--device cpu has them anyhow; leave it out"
+        )
     check_inference_tp(run)
     generation = config.rlhf.generation
     if zero_stage == 3 and world_size() > 1 and generation.weight_bytes:

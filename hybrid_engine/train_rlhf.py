@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hybrid_engine import cli, failures
 from hybrid_engine.config import RunConfig
@@ -50,6 +51,8 @@ def run(config: RunConfig) -> int:
         with open_output(config) as session:
             log = session.reporter.log_path
             plan = preflight.check(session)
+            if plan is not None:  # it decides what the settings leave to it
+                session = replace(session, config=plan.decided(session.config))
             for step in config.steps:
                 if session.finished(step):
                     session.reporter.note(f"step {step} is done already")

@@ -166,6 +166,13 @@ class PPOConfig(Options):
         "iterations that train only the critic before the policy moves (gae alone)",
         within="[0, inf)",
     )
+    frozen_models: str = option(
+        "auto",
+        "on a GPU, reference, reward and original model stay there (resident), or wait in the "
+        "host's memory and come to score (offload); auto offloads them where the plan of memory "
+        "does not fit otherwise",
+        choices=("auto", "resident", "offload"),
+    )
     eval_prompts: int = option(
         256, "held-out prompts sampled before and after, paired", within="[0, inf)"
     )

@@ -16,6 +16,7 @@ from .lora import (
 from .packing import PackedBatch, last_rows, pack, response_rows, span_rows, unpack
 from .placing import placed
 from .quantized import is_quantized
+from .resting import Resting
 from .rope import rope_tables
 from .saving import save_adapter, save_model
 from .spec import DecoderSpec, RopeSpec, UnsupportedFamily
@@ -31,6 +32,7 @@ __all__ = [
     "ForeignScalarModel",
     "LoRAConfig",
     "PackedBatch",
+    "Resting",
     "RopeSpec",
     "ScalarModel",
     "TokenScores",

@@ -36,6 +36,11 @@ class RunPlan:
         """ "sft", "reward" or "rlhf", if the run has it."""
         return next((plan for plan in self.steps if plan.step == name), None)
 
+    def decided(self, config: RunConfig) -> RunConfig:
+        """The settings of a run with what they leave to the plan filled in."""
+        frozen_models = self.config.rlhf.frozen_models
+        return replace(config, rlhf=replace(config.rlhf, frozen_models=frozen_models))
+
     def bytes(self) -> dict[str, dict[str, int]]:
         """Peaks by step and phase."""
         return {p.step: {phase: p.peak(phase) for phase in p.phases} for p in self.steps}
@@ -93,7 +98,8 @@ NOT_PLANNED = (
 
 def plan_run(config: RunConfig, ranks: int, steps: tuple[int, ...] | None = None) -> RunPlan | None:
     """The plan of a run, of `steps` of it (by default all), from its settings and the models'
-    config.json alone.
+    config.json alone. On a GPU its own config says whether frozen models are offloaded, where the
+    settings leave that to the plan.
 
     None where nothing can be said: a model runs through transformers' own module, or generation
     without the native program.
@@ -109,7 +115,21 @@ def plan_run(config: RunConfig, ranks: int, steps: tuple[int, ...] | None = None
     except UnsupportedFamily:
         return None
     limits = memory_limits(config.memory_limit * 1e9, ranks_of_this_host(config))
-    return RunPlan(config, planned, limits, ranks)
+    plan = RunPlan(config, planned, limits, ranks)
+    return _offloading(plan) if _should_offload(plan) else plan
+
+
+def _should_offload(plan: RunPlan) -> bool:
+    config, step_3 = plan.config, plan.step("rlhf")
+    if step_3 is None or config.model.device == "cpu" or config.rlhf.frozen_models != "auto":
+        return False
+    return at_most([step_3])[2] > plan.limits.free
+
+
+def _offloading(plan: RunPlan) -> RunPlan:
+    config = replace(plan.config, rlhf=replace(plan.config.rlhf, frozen_models="offload"))
+    steps = _steps(config, plan.ranks, plan.steps[0].baseline)
+    return replace(plan, config=config, steps=steps)
 
 
 def _steps(config: RunConfig, ranks: int, process: int) -> tuple[StepPlan, ...]:

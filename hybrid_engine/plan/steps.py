@@ -19,7 +19,7 @@ from .generation import (
     merge_record,
     rollout_holdings,
 )
-from .holdings import LOAD, Holding, StepPlan, always
+from .holdings import ALWAYS, LOAD, Holding, StepPlan, always
 from .limits import ranks_of_this_host
 from .models import ModelSize, own_bytes, shared_blocks
 from .sources import Sources
@@ -155,11 +155,18 @@ class StepThree:
         holdings += self._trained(own, stop)
         frozen_own = own[len(own) - len(self._frozen) :]
         for (name, _), nbytes in zip(self._frozen.items(), frozen_own, strict=True):
-            holdings.append(always(f"{name}: weights", nbytes, "model.dtype", "model.lora_r"))
+            holdings.append(self._frozen_weights(name, nbytes))
         if self._ppo.ema_decay:
             nbytes = 4 * self._zero.part(self._policy.trained)
             holdings.append(always("average of the policy", nbytes, "rlhf.ema_decay"))
         return [*holdings, *self._generating(), *self._scoring(stop)]
+
+    def _frozen_weights(self, name: str, nbytes: int) -> Holding:
+        knobs = ("model.dtype", "model.lora_r", "rlhf.frozen_models")
+        on_gpu = self._config.model.device != "cpu"
+        offloaded = on_gpu and self._ppo.frozen_models == "offload"
+        moments = ("score.forward", "evaluate.score") if offloaded else (ALWAYS,)
+        return Holding(f"{name}: weights", dict.fromkeys(moments, nbytes), knobs)
 
     def _trained(self, own: list[int], stop: int) -> list[Holding]:
         work = self._training_work()

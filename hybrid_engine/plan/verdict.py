@@ -118,6 +118,8 @@ def _harmless(config: RunConfig, ranks: int) -> list[list[Knob]]:
                 for value in _halved(config.rlhf.generation.max_batch, 1)
             ]
         )
+    if config.model.device != "cpu" and config.rlhf.frozen_models == "resident":
+        knobs.append([Knob("rlhf.frozen_models", "offload")])
     if not config.model.gradient_checkpointing:
         knobs.append([Knob("model.gradient_checkpointing", True)])
     if ranks > 1 and not config.deepspeed:

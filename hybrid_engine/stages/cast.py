@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from hybrid_engine.models import (
     CausalLM,
     ForeignScalarModel,
     PackedBatch,
+    Resting,
     ScalarModel,
     TokenScores,
     Trunk,
@@ -43,6 +44,7 @@ class Cast:
             asks.
         shared_blocks: leading blocks that are frozen and equal in all of them, so that their output
             is computed once.
+        resting: reference, reward model and original, if they wait in the host's memory.
     """
 
     actor: HybridEngine
@@ -52,6 +54,7 @@ class Cast:
     original: CausalLM | None
     shared_blocks: int
     tokenizer: Any
+    resting: Resting | None = None
 
     @property
     def policy(self) -> TrainEngine:
@@ -64,6 +67,10 @@ class Cast:
             return None
         assert isinstance(self.actor.model, CausalLM)  # only native models share
         return compute_trunk(self.actor.model, batch, self.shared_blocks)
+
+    def frozen_awake(self) -> AbstractContextManager[None]:
+        """Reference, reward model and original can be asked inside."""
+        return self.resting.awake() if self.resting is not None else nullcontext()
 
     @torch.no_grad()
     def reference_scores(
@@ -135,7 +142,17 @@ def assemble(
         inference_tp=config.rlhf.generation.inference_tp,
         on_plan=lambda line: run.reporter.note(f"{STAGE}: {line}"),
     )
-    return Cast(engine, critic_engine, reference, reward_model, original, shared, tokenizer)
+    resting = None
+    frozen = [model for model in (reference, reward_model, original) if model is not None]
+    if frozen and config.rlhf.frozen_models == "offload":
+        resting = Resting(frozen, [actor] if critic is None else [actor, critic])
+        run.reporter.note(
+            f"{STAGE}: {resting.nbytes / 1e9:.2f} GB of frozen models wait in the host's memory "
+            "and come to the GPU to score"
+        )
+    return Cast(
+        engine, critic_engine, reference, reward_model, original, shared, tokenizer, resting
+    )
 
 
 def load_critic(run: Run, source: str) -> ScalarModel | ForeignScalarModel:

@@ -120,12 +120,13 @@ def surprise(
     if original is None:
         return []
     sums: list[float] = []
-    for part in passes(sequences, prompt_lengths, config.rlhf.max_tokens_per_pass):
-        logprobs = original(
-            part.batch, part.rows, part.targets, 1.0, cast.trunk(part.batch)
-        ).logprobs
-        sizes = [len(sequences[i]) - prompt_lengths[i] for i in part.samples]
-        sums.extend(-float(answer.double().sum()) for answer in logprobs.split(sizes))
+    with cast.frozen_awake():
+        for part in passes(sequences, prompt_lengths, config.rlhf.max_tokens_per_pass):
+            logprobs = original(
+                part.batch, part.rows, part.targets, 1.0, cast.trunk(part.batch)
+            ).logprobs
+            sizes = [len(sequences[i]) - prompt_lengths[i] for i in part.samples]
+            sums.extend(-float(answer.double().sum()) for answer in logprobs.split(sizes))
     return sums
 
 

@@ -60,19 +60,19 @@ def score_with_models(
     trunks: list[Tensor] = []
     parts = list(passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass))
     keeps_graph = for_update and config.minibatches == len(parts) == 1
-    for part in parts:
-        trunk = cast.trunk(part.batch)
-        temperature = config.generation.temperature
-        ref.append(
-            cast.reference_scores(part.batch, part.rows, part.targets, temperature, trunk).logprobs
-        )
-        if cast.critic is not None:
-            with torch.set_grad_enabled(keeps_graph):
-                values.append(cast.critic(part.batch, part.rows, trunk).float())
-        if cast.reward_model is not None:
-            rewards.extend(cast.reward_model(part.batch, part.last, trunk).float().tolist())
-        if trunk is not None and part.samples:
-            trunks.extend(unpack(trunk.hidden, part.batch))
+    temperature = config.generation.temperature
+    with cast.frozen_awake():
+        for part in parts:
+            trunk = cast.trunk(part.batch)
+            scored = part.batch, part.rows, part.targets
+            ref.append(cast.reference_scores(*scored, temperature, trunk).logprobs)
+            if cast.critic is not None:
+                with torch.set_grad_enabled(keeps_graph):
+                    values.append(cast.critic(part.batch, part.rows, trunk).float())
+            if cast.reward_model is not None:
+                rewards.extend(cast.reward_model(part.batch, part.last, trunk).float().tolist())
+            if trunk is not None and part.samples:
+                trunks.extend(unpack(trunk.hidden, part.batch))
     width = max(map(len, rollout.tokens), default=0)
 
     def padded(flat: list[Tensor]) -> Tensor:

@@ -112,3 +112,46 @@ def test_a_container_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     found = limits.memory_limits(local_ranks=2)
     assert (found.hard, found.source) == (1_000_000_000, "the container's memory limit")
     assert found.free == 50_000_000 + own.rss
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a plan is concerned."""
+    monkeypatch.setattr(limits, "compute_device", lambda: SimpleNamespace(type="cuda"))
+
+
+def test_frozen_models_are_offloaded_where_they_do_not_fit(
+    arguments: list[str], on_a_gpu: None
+) -> None:
+    def plan(gigabytes: float, *more: str) -> RunPlan:
+        return planned(cli.parse([*arguments, "--device", "cuda", *more]), gigabytes)
+
+    def held(found: RunPlan, moment: str) -> int:
+        rlhf = found.step("rlhf")
+        assert rlhf is not None
+        frozen = ("reference: weights", "reward model: weights")
+        return sum(h.bytes_at(moment) for h in rlhf.holdings if h.name in frozen)
+
+    roomy = plan(100)
+    rlhf = roomy.step("rlhf")
+    assert rlhf is not None
+    most = at_most([rlhf])[2] / 1e9
+    assert roomy.decided(roomy.config).rlhf.frozen_models == "auto"  # resident
+    assert held(roomy, "train.policy step") == held(roomy, "score.forward") > 0
+    narrow = plan(most - 1e-6)
+    assert narrow.decided(roomy.config).rlhf.frozen_models == "offload"
+    assert held(narrow, "score.forward") == held(roomy, "score.forward")
+    assert held(narrow, "train.policy step") == 0
+    offloading = narrow.step("rlhf")
+    assert offloading is not None
+    assert offloading.peak("train") == rlhf.peak("train") - held(roomy, "train.policy step")
+    refused = plan(most - 1e-6, "--rlhf.frozen-models", "resident")
+    assert held(refused, "train.policy step") > 0
+    assert refused.tight
+
+
+def test_on_a_cpu_there_is_nothing_to_offload(arguments: list[str]) -> None:
+    config = cli.parse(arguments)
+    plan = planned(config, at_most(planned(config, 100).steps)[2] / 1e9 - 1e-3)
+    assert plan.tight
+    assert plan.decided(config) == config

@@ -1,0 +1,66 @@
+"""Frozen models in the host's memory, which come to the device when they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_engine.distributed.device import compute_device
+
+
+class Resting:
+    """Weights of frozen models wait in the host's memory, except those that they share with a model
+    that stays on the device. Nothing changes them, so the device's copy is simply forgotten.
+
+    Args:
+        models: on the device; from here on only inside :meth:`awake`.
+        staying: what is trained, and what shares its frozen blocks with `models`.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], staying: Sequence[nn.Module]) -> None:
+        kept = {weight.data_ptr() for model in staying for weight in _weights(model)}
+        hosted: dict[int, Tensor] = {}
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        for model in models:
+            for weight in _weights(model):
+                if weight.data_ptr() in kept or not weight.numel():
+                    continue
+                host = hosted.setdefault(weight.data_ptr(), _on_host(weight.data))
+                self._weights.append((weight, host))
+        self._sleep()
+
+    @property
+    def nbytes(self) -> int:
+        """In the host's memory."""
+        return sum({id(host): host.nbytes for _, host in self._weights}.values())
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The models are on the device inside."""
+        there: dict[int, Tensor] = {}
+        try:
+            for weight, host in self._weights:
+                if id(host) not in there:
+                    there[id(host)] = host.to(compute_device(), non_blocking=True, copy=True)
+                weight.data = there[id(host)]
+            yield
+        finally:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        for weight, host in self._weights:
+            weight.data = host
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _on_host(values: Tensor) -> Tensor:
+    """Pinned, from where a GPU takes it without another copy."""
+    host = values.to("cpu", copy=True)
+    return host.pin_memory() if torch.cuda.is_available() else host
