@@ -4,7 +4,8 @@ leave it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +41,7 @@ class Run:
     config: RunConfig
     output: Path
     reporter: Reporter
+    engines: list[TrainEngine] = field(default_factory=list)  # of the step that is running
 
     def finished(self, step: int) -> bool:
         """Whether this step's results are there and wanted: summary.json gets its entry last."""
@@ -253,7 +255,7 @@ class Run:
     ) -> TrainEngine:
         from hybrid_engine.engine.train_engine import TrainEngine
 
-        return TrainEngine(
+        engine = TrainEngine(
             module,
             optimizer,
             total_steps,
@@ -261,6 +263,15 @@ class Run:
             name,
             self.config.model.verify_frozen,
         )
+        self.engines.append(engine)
+        return engine
+
+    def close_engines(self) -> None:
+        """The step is over; the next one needs room."""
+        for engine in self.engines:
+            engine.close()
+        self.engines.clear()
+        gc.collect()  # they hold each other
 
     def save_model(
         self,

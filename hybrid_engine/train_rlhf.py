@@ -7,7 +7,6 @@ machine has.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +57,7 @@ def run(config: RunConfig) -> int:
                     session.reporter.note(f"step {step} is done already")
                 else:
                     steps[step](session)
-                    gc.collect()  # DeepSpeed's engines hold each other: the next step needs room
+                    session.close_engines()
             session.reporter.print_summary()
         return 0
     except (Exception, KeyboardInterrupt) as error:

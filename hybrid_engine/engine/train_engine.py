@@ -185,6 +185,22 @@ class TrainEngine(HeldParameters):
             return None
         return gradient_memory(self._engine.optimizer, lambda: self._accumulating)
 
+    def close(self) -> None:
+        """Give back what the engine holds, which DeepSpeed's hooks would keep for as long as the
+        process lives. Afterwards it is of no use, and under ZeRO-3 nor is the module.
+        """
+        optimizer = self._engine.optimizer
+        self._engine.destroy()
+        if self.zero_stage < 3:
+            return
+        # Classes that it makes for every layer outlive the hooks, and know the layer.
+        for parameter in self.module.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+            vars(parameter).clear()
+        self._optimizer.state.clear()
+        self._optimizer.param_groups.clear()
+        vars(optimizer).clear()
+
     # Checkpoints.
 
     def save(self, directory: str | Path) -> None:
