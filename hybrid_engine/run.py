@@ -268,9 +268,8 @@ class Run:
 
     def close_engines(self) -> None:
         """The step is over; the next one needs room."""
-        for engine in self.engines:
-            engine.close()
-        self.engines.clear()
+        while self.engines:
+            self.engines.pop().close()
         gc.collect()  # they hold each other
 
     def save_model(
