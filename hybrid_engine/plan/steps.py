@@ -127,6 +127,10 @@ class Planner:
         return StepPlan(step, self._baseline, tuple(holdings))
 
 
+# Models are there, and DeepSpeed takes over the first, the second.
+_LOADING = (f"{LOAD}.policy", f"{LOAD}.critic")
+
+
 class StepThree:
     """Policy, reference, critic, reward model: generating, scoring, training, and evaluating, which
     is the first two.
@@ -151,7 +155,8 @@ class StepThree:
         sharing = self._zero.stage < 3
         own = own_bytes(models, sharing)
         stop = shared_blocks(models) if sharing else 0
-        holdings = [Holding("all models", {f"{LOAD}.models": sum(m.nbytes for m in models)})]
+        loaded = dict.fromkeys(_LOADING, sum(m.nbytes for m in models))
+        holdings = [Holding("all models", loaded)]
         holdings += self._trained(own, stop)
         frozen_own = own[len(own) - len(self._frozen) :]
         for (name, _), nbytes in zip(self._frozen.items(), frozen_own, strict=True):
@@ -183,8 +188,9 @@ class StepThree:
 
         lora = bool(self._config.model.lora_r)  # then the policy without adapters is the reference
         policy = trained("policy", self._policy, own[0], asked=asked if lora else ())
+        made = {_LOADING[0]: policy.conversion()}
         if self._critic is None:
-            return policy.holdings()
+            return [*policy.holdings(), Holding("made of them for training", made)]
         critic = trained(
             "critic", self._critic, own[1], asked=asked, others=tuple(policy.moments())
         )
@@ -193,11 +199,13 @@ class StepThree:
                 "policy", self._policy, own[0],
                 asked=asked if lora else (), others=tuple(critic.moments()[:-1]),
             )  # fmt: skip
-        kept = []
+        if self._zero.stage < 3:  # under 3 the policy's whole weights are gone by then
+            made[_LOADING[1]] = policy.masters() + critic.conversion()
+        more = [Holding("made of them for training", made)]
         if self._keeps_graph():
             saved = {"score.forward": critic.activations.saved()}
-            kept = [Holding("critic: activations kept for its first step", saved, knobs, True)]
-        return [*policy.holdings(), *critic.holdings(), *kept]
+            more.append(Holding("critic: activations kept for its first step", saved, knobs, True))
+        return [*policy.holdings(), *critic.holdings(), *more]
 
     def _keeps_graph(self) -> bool:
         """As in `stages.scoring`."""

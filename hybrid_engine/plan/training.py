@@ -108,6 +108,22 @@ class Trained:
     def holdings(self) -> list[Holding]:
         return [*self._weights(), *self._state(), *self._gradients(), *self._pass(), *self._step()]
 
+    def conversion(self) -> int:
+        """Bytes beside the weights as they were loaded, while DeepSpeed takes them over: a flat
+        copy and masters; under stage 3 shards, their flat copy and masters.
+        """
+        zero, trained, size = self.zero, self.model.trained, self.model.itemsize
+        if zero.stage == 0:
+            return 0
+        if zero.stage < 3:
+            return trained * size + self.masters()
+        return 2 * zero.part(self.model.nbytes) + self.masters()
+
+    def masters(self) -> int:
+        """Bytes of the float32 copy that the optimizer updates, where there is one."""
+        whole = self.zero.stage == 0 and self.model.itemsize == 4
+        return 0 if whole else 4 * self.zero.part(self.model.trained)
+
     def _weights(self) -> list[Holding]:
         nbytes = self.model.nbytes if self.own_bytes < 0 else self.own_bytes
         zero, size = self.zero, self.model.itemsize
@@ -131,13 +147,12 @@ class Trained:
 
     def _state(self) -> list[Holding]:
         zero, trained = self.zero, self.model.trained
-        masters = 0 if zero.stage == 0 and self.model.itemsize == 4 else 4 * zero.part(trained)
         knobs = ("zero_stage", "model.lora_r", "model.trainable_layers")
         return [
             Holding(f"{self.name}: {what}", {ALWAYS: n}, knobs, host=zero.optimizer_on_host)
             for what, n in (
                 ("AdamW's moments", 8 * zero.part(trained)),
-                ("float32 masters", masters),
+                ("float32 masters", self.masters()),
             )
             if n
         ]

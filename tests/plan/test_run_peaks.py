@@ -51,11 +51,18 @@ WIDTHS = {  # some 45 to 75 million parameters
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", WIDTHS)
-def test_every_phase_takes_what_was_planned(family: str, tmp_path: Path) -> None:
+ALONE: list[str] = []
+TWO_RANKS = ["--num-gpus", "2", "--zero-stage", "2"]
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks"), [*((family, ALONE) for family in WIDTHS), ("llama", TWO_RANKS)]
+)
+def test_every_phase_takes_what_was_planned(family: str, ranks: list[str], tmp_path: Path) -> None:
     trainer = Trainer(_model(tmp_path / "model", family), _rows(tmp_path / "rows.jsonl"), SETTINGS)
     command = [sys.executable, "-m", "hybrid_engine.train_rlhf"]
-    subprocess.run([*command, *trainer.arguments(tmp_path / "out")], check=True, env=environment())
+    arguments = [*trainer.arguments(tmp_path / "out"), *ranks]
+    subprocess.run([*command, *arguments], check=True, env=environment())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures = {
         (step, phase): peaks
