@@ -6,6 +6,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +33,38 @@ def share_memory(
     if creates:
         os.close(descriptor)
     return pages, [at for at, found in enumerate(reached) if not found]
+
+
+_most_noted = 0
+
+
+def note_shared() -> None:
+    """To be called before shared pages are given back: what is resident of them now is part of
+    this process's peak, and other processes have it too.
+    """
+    global _most_noted
+    _most_noted = max(_most_noted, resident_shared())
+
+
+def most_shared(forget: bool = False) -> int:
+    """Bytes of shared pages that this process had resident at most, of the moments that were noted
+    and this one.
+
+    Args:
+        forget: what was noted before.
+    """
+    global _most_noted
+    if forget:
+        _most_noted = 0
+    return max(_most_noted, resident_shared())
+
+
+def resident_shared() -> int:
+    """Bytes of shared pages that this process has resident; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = (line.split()[1] for line in lines if line.startswith("RssShmem:"))
+    return int(next(found, "0")) * 1024
 
 
 def _create(nbytes: int) -> tuple[int, list[str]]:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -100,7 +100,7 @@ class GatheredWeights:
 
     Args:
         model: already partitioned by DeepSpeed.
-        slices: what this rank keeps of them; None: everything.
+        slices: what this rank reads of them; None: everything.
         weight_bytes: what gathered weights may take on this rank; 0: half of what is free beside
             ``kv_bytes``. The other half is for activations, for a cache without a limit, and for
             what the optimizer takes with its first step.
@@ -172,16 +172,18 @@ class GatheredWeights:
         self._last_in.clear()
         thread = threading.Thread(target=self._gather, name="gather-weights", daemon=True)
         thread.start()
+        unhurt = False
         try:
             yield
+            unhurt = True
         finally:
             self._leaving.set()
             self.gate.leave()
             thread.join()
             self.counters = replace(self.counters, waited_seconds=self.gate.waited_seconds)
             self.gate.close()
-            if not self._failure:  # else some rank is lost, and others read what is there
-                self._copy.release()
+            with nullcontext() if unhurt else suppress(Exception):  # what happened inside counts
+                self._copy.release(lost=bool(self._failure))
         if self._failure:
             raise RuntimeError(self._failure)
 

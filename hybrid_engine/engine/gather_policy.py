@@ -2,7 +2,8 @@
 the rest streamed through a ring in every pass.
 
 One number decides, the bytes that gathered weights may take; tensor-parallel slices count as the
-slices that they are. Nothing here touches a model or a machine.
+slices that they are, but one copy for all ranks of a host has everything. Nothing here touches a
+model or a machine.
 """
 
 from __future__ import annotations
@@ -208,8 +209,8 @@ def describe(
     if policy.shares_copy(group):
         return (
             f"generation keeps all {policy.blocks} layers once gathered, in one copy for "
-            f"{group.ranks} ranks: {held} a rank beside {_mib(group.lent)} where gradients lie in "
-            "training"
+            f"{group.ranks} ranks: {held} a rank beside {_mib(min(group.lent, sum(sizes.shards)))} "
+            "where gradients lie in training"
         )
     if not policy.streams:
         return f"generation keeps all {policy.blocks} layers{sliced} once gathered: {held}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybrid_engine.distributed.collectives import all_gather_json, barrier, rank
 from hybrid_engine.distributed.device import compute_device
-from hybrid_engine.distributed.shared_memory import share_memory
+from hybrid_engine.distributed.shared_memory import note_shared, share_memory
 from hybrid_engine.engine.arena import arena_on
 from hybrid_engine.engine.gather_plan import GatherPlan, Part
 from hybrid_engine.engine.gather_policy import GatherPolicy, Group, PartSizes
@@ -66,8 +66,12 @@ class OwnCopy:
         """All parts are there."""
         self._staging.release()
 
-    def release(self) -> None:
-        """The phase has ended: the memory goes back, the contents are lost."""
+    def release(self, lost: bool) -> None:
+        """The phase has ended: the memory goes back, the contents are lost.
+
+        Args:
+            lost: a rank is, so the others cannot be waited for.
+        """
         self._arena.release()
 
 
@@ -93,12 +97,12 @@ class SharedCopy:
         pages, _ = share_memory(self._size, rank() == 0, all_gather_json)
         assert pages is not None
         self._pages = pages
-        memory = torch.frombuffer(pages, dtype=torch.uint8)
-        self.storage = memory[: plan.size]
+        self._memory = torch.frombuffer(pages, dtype=torch.uint8)
+        self.storage = self._memory[: plan.size]
         self.nbytes = max(0, plan.size - self._lent) // group.ranks
         self._gradients = gradients if group.lent else None
         if self._gradients is not None:
-            self._gradients.move_to(memory[own * rank() :][: group.lent])
+            self._gradients.move_to(self._memory[own * rank() :][: group.lent])
         self._words = Words(group.ranks)
         self._others = group.ranks - 1
 
@@ -122,13 +126,21 @@ class SharedCopy:
     def end_gather(self) -> None:
         """As `OwnCopy.end_gather`: there was nothing beside it."""
 
-    def release(self) -> None:
+    def release(self, lost: bool) -> None:
         """As `OwnCopy.release`, when no rank reads it any more."""
+        if lost:
+            return
+        note_shared()
         barrier("leaving generation")
-        if rank() == 0 and self._size > self._lent:
-            self._pages.madvise(mmap.MADV_REMOVE, self._lent, self._size - self._lent)
+        kept = self._lent if self._lies_with_gradients() else 0
+        if rank() == 0 and self._size > kept:
+            self._pages.madvise(mmap.MADV_REMOVE, kept, self._size - kept)
         if self._gradients is not None:
             self._gradients.take_back()
+
+    def _lies_with_gradients(self) -> bool:
+        """Unless another copy has them by now, of a second engine for generation."""
+        return self._gradients is not None and self._gradients.lies_in(self._memory)
 
 
 GatheredCopy = OwnCopy | SharedCopy

@@ -25,6 +25,7 @@ class GradientMemory:
     def __init__(self, flat: Tensor, parts: list[Tensor], accumulating: Callable[[], bool]) -> None:
         self._flat, self._parts = flat, parts
         self._accumulating = accumulating
+        self._lent = False
         self._kept: Tensor | None = None
 
     @property
@@ -41,18 +42,30 @@ class GradientMemory:
             part.data = moved[begin : begin + part.numel()].view(part.shape)
         self._flat.data = moved
 
+    def lies_in(self, memory: Tensor) -> bool:
+        """Whether it was moved there, and not on."""
+        return self._flat.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
     def lend(self) -> None:
-        """Gradients that wait for their step are put aside."""
-        self._kept = self._flat.clone() if self._accumulating() else None
+        """Gradients that wait for their step are put aside, unless they are still from a phase that
+        broke off.
+        """
+        if not self._lent:
+            self._kept = self._flat.clone() if self._accumulating() else None
+        self._lent = True
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """A part that gets no gradient, or is padding, counts as a gradient of zero."""
+        """Undoes :meth:`lend`, if need be. A part that gets no gradient, or is padding, counts as a
+        gradient of zero.
+        """
+        if not self._lent:
+            return
         if self._kept is None:
             self._flat.zero_()
         else:
             self._flat.copy_(self._kept)
-        self._kept = None
+        self._lent, self._kept = False, None
 
 
 def gradient_memory(optimizer: Any, accumulating: Callable[[], bool]) -> GradientMemory | None:

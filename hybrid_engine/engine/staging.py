@@ -18,7 +18,7 @@ from hybrid_engine.distributed.collectives import all_gather_json, rank
 from hybrid_engine.distributed.device import compute_device, weights_backend
 from hybrid_engine.distributed.numa import memory_nodes
 from hybrid_engine.distributed.process_group import initialise
-from hybrid_engine.distributed.shared_memory import share_memory
+from hybrid_engine.distributed.shared_memory import note_shared, share_memory
 from hybrid_engine.engine.arena import arena_on
 from hybrid_engine.engine.gather_plan import Part
 from hybrid_engine.engine.gather_policy import (
@@ -169,6 +169,7 @@ class SharedStaging:
 
     def release(self) -> None:
         """The memory goes back when all ranks have read it."""
+        note_shared()
         self._words.send().wait()
         size = self._shown[0].nbytes
         self._pages.madvise(mmap.MADV_REMOVE, rank() * size, size)

@@ -93,6 +93,9 @@ class TrainEngine(HeldParameters):
         self._state = TrainState(module, self._engine, self._optimizer, name, frozen)
         self._frozen = FrozenWeights(module, name) if verify_frozen else None
         self._accumulating = False  # gradients wait for their step
+        self._gradients: GradientMemory | None = None
+        if zero_stage == 3:
+            self._gradients = gradient_memory(engine.optimizer, lambda: self._accumulating)
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +127,7 @@ class TrainEngine(HeldParameters):
         A non-finite loss makes the gradient NaN, so that the step is skipped on every rank.
         """
         self._guard.watch(loss_sum)
+        self._reclaim_gradients()
         self._accumulating = True
         scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
         scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
@@ -138,6 +142,7 @@ class TrainEngine(HeldParameters):
         Raises:
             UserError: `max_bad_steps` of those in a row, naming what was not finite.
         """
+        self._reclaim_gradients()
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
         with waiting(f"{self._name}: optimizer step"):
@@ -151,6 +156,11 @@ class TrainEngine(HeldParameters):
         else:
             self._guard.bad_step(expected=self._engine.fp16_enabled())
         return norm
+
+    def _reclaim_gradients(self) -> None:
+        """From a generation phase that broke off."""
+        if self._gradients is not None:
+            self._gradients.take_back()
 
     def check_frozen(self, phase: str) -> None:
         """Where ``verify_frozen`` is set: raises RuntimeError for a frozen weight that changed in a
@@ -181,9 +191,7 @@ class TrainEngine(HeldParameters):
 
     def gradient_memory(self) -> GradientMemory | None:
         """Where ZeRO-3 keeps this rank's gradients, for others to use between steps."""
-        if self.zero_stage < 3:
-            return None
-        return gradient_memory(self._engine.optimizer, lambda: self._accumulating)
+        return self._gradients
 
     def close(self) -> None:
         """Give back what the engine holds, which DeepSpeed's hooks would keep for as long as the

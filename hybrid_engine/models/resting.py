@@ -23,36 +23,39 @@ class Resting:
     def __init__(self, models: Sequence[nn.Module], staying: Sequence[nn.Module]) -> None:
         kept = {weight.data_ptr() for model in staying for weight in _weights(model)}
         hosted: dict[int, Tensor] = {}
-        self._weights: list[tuple[Tensor, Tensor]] = []
+        self._weights: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
         for model in models:
-            for weight in _weights(model):
-                if weight.data_ptr() in kept or not weight.numel():
-                    continue
-                host = hosted.setdefault(weight.data_ptr(), _on_host(weight.data))
-                self._weights.append((weight, host))
-        self._sleep()
+            own = [w for w in _weights(model) if w.numel() and w.data_ptr() not in kept]
+            for weight in own:
+                if weight.data_ptr() not in hosted:
+                    hosted[weight.data_ptr()] = _on_host(weight.data)
+            self._weights[model] = [(weight, hosted[weight.data_ptr()]) for weight in own]
+        self._sleep(*models)
 
     @property
     def nbytes(self) -> int:
         """In the host's memory."""
-        return sum({id(host): host.nbytes for _, host in self._weights}.values())
+        hosted = {id(host): host for pairs in self._weights.values() for _, host in pairs}
+        return sum(host.nbytes for host in hosted.values())
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """The models are on the device inside."""
+    def awake(self, *models: nn.Module) -> Iterator[None]:
+        """Those of the models are on the device inside."""
         there: dict[int, Tensor] = {}
         try:
-            for weight, host in self._weights:
-                if id(host) not in there:
-                    there[id(host)] = host.to(compute_device(), non_blocking=True, copy=True)
-                weight.data = there[id(host)]
+            for model in models:
+                for weight, host in self._weights[model]:
+                    if id(host) not in there:
+                        there[id(host)] = host.to(compute_device(), non_blocking=True, copy=True)
+                    weight.data = there[id(host)]
             yield
         finally:
-            self._sleep()
+            self._sleep(*models)
 
-    def _sleep(self) -> None:
-        for weight, host in self._weights:
-            weight.data = host
+    def _sleep(self, *models: nn.Module) -> None:
+        for model in models:
+            for weight, host in self._weights[model]:
+                weight.data = host
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:
@@ -62,5 +65,6 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 def _on_host(values: Tensor) -> Tensor:
     """Pinned, from where a GPU takes it without another copy."""
-    host = values.to("cpu", copy=True)
-    return host.pin_memory() if torch.cuda.is_available() else host
+    return torch.empty_like(values, device="cpu", pin_memory=torch.cuda.is_available()).copy_(
+        values
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_engine.config import GenerationConfig
-from hybrid_engine.distributed.numa import memory_nodes
+from hybrid_engine.distributed.numa import system_nodes
 from hybrid_engine.engine.gather_plan import aligned, part_of
 from hybrid_engine.engine.gather_policy import (
     Group,
@@ -80,13 +80,14 @@ def gather_holdings(
 ) -> list[Holding]:
     """Weights gathered for generation under ZeRO-3, and what they travel in, by the policy that
     the engine will solve for; without a limit of the user's, that all layers stay. Of one copy for
-    all ranks of a host each has its part, beside what lies in the memory of its gradients.
+    all ranks of a host each has its part, beside what lies in the memory of its gradients; where
+    the host has several NUMA nodes, a copy each is planned.
     """
     if zero.stage < 3 or zero.ranks == 1:
         return []
     sizes = part_sizes(model, zero.ranks, config.inference_tp)
     lent = 0 if zero.optimizer_on_host else zero.part(model.trained) * model.itemsize
-    near = one_host and len(memory_nodes()) <= 1
+    near = one_host and len(system_nodes()) <= 1
     group = Group(zero.ranks, one_host, near, lent if near else 0)
     policy = pinning_all(sizes.blocks)
     if config.weight_bytes:

@@ -9,6 +9,7 @@ from importlib import import_module
 
 from hybrid_engine.config import RunConfig
 from hybrid_engine.engine.deepspeed_config import settings_of
+from hybrid_engine.engine.free_memory import free_memory
 from hybrid_engine.engine.train_engine import load_deepspeed
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import UnsupportedFamily, load_tokenizer
@@ -19,7 +20,7 @@ from .limits import Limits, memory_limits, ranks_of_this_host
 from .oom import is_out_of_memory
 from .process import resident_bytes
 from .sources import model_directory
-from .steps import Planner
+from .steps import FROZEN, Planner
 from .verdict import Knob, advice, at_least, at_most, describe, holders, knobs_of
 
 
@@ -123,7 +124,10 @@ def _should_offload(plan: RunPlan) -> bool:
     config, step_3 = plan.config, plan.step("rlhf")
     if step_3 is None or config.model.device == "cpu" or config.rlhf.frozen_models != "auto":
         return False
-    return at_most([step_3])[2] > plan.limits.free
+    names = {f"{name}: weights" for name in FROZEN}
+    frozen = sum(h.bytes_at("evaluate.score") for h in step_3.holdings if h.name in names)
+    host_has_room = frozen * ranks_of_this_host(config) <= free_memory()
+    return host_has_room and at_most([step_3])[2] > plan.limits.free
 
 
 def _offloading(plan: RunPlan) -> RunPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -131,6 +132,9 @@ class Planner:
 _LOADING = (f"{LOAD}.policy", f"{LOAD}.critic")
 
 
+FROZEN = ("reference", "reward model", "original model")
+
+
 class StepThree:
     """Policy, reference, critic, reward model: generating, scoring, training, and evaluating, which
     is the first two.
@@ -143,12 +147,13 @@ class StepThree:
         self._zero = zero
         self._policy = sources.policy()
         self._critic = sources.critic() if self._ppo.uses_critic else None
-        frozen = {
-            "reference": None if self._config.model.lora_r else sources.reference(),
-            "reward model": sources.reward_model() if sources.needs_reward_model else None,
-            "original model": sources.original() if self._config.judge.fluency else None,
-        }
-        self._frozen = {name: model for name, model in frozen.items() if model is not None}
+        frozen = (
+            None if self._config.model.lora_r else sources.reference(),
+            sources.reward_model() if sources.needs_reward_model else None,
+            sources.original() if self._config.judge.fluency else None,
+        )
+        named = zip(FROZEN, frozen, strict=True)
+        self._frozen = {name: model for name, model in named if model is not None}
 
     def holdings(self) -> list[Holding]:
         models = [m for m in (self._policy, self._critic, *self._frozen.values()) if m is not None]
@@ -169,8 +174,11 @@ class StepThree:
     def _frozen_weights(self, name: str, nbytes: int) -> Holding:
         knobs = ("model.dtype", "model.lora_r", "rlhf.frozen_models")
         on_gpu = self._config.model.device != "cpu"
-        offloaded = on_gpu and self._ppo.frozen_models == "offload"
-        moments = ("score.forward", "evaluate.score") if offloaded else (ALWAYS,)
+        moments: tuple[str, ...] = (ALWAYS,)
+        if on_gpu and self._ppo.frozen_models == "offload":
+            moments = ("score.forward", "evaluate.score")
+            if name == FROZEN[-1]:
+                moments = moments[1:]
         return Holding(f"{name}: weights", dict.fromkeys(moments, nbytes), knobs)
 
     def _trained(self, own: list[int], stop: int) -> list[Holding]:
@@ -188,9 +196,8 @@ class StepThree:
 
         lora = bool(self._config.model.lora_r)  # then the policy without adapters is the reference
         policy = trained("policy", self._policy, own[0], asked=asked if lora else ())
-        made = {_LOADING[0]: policy.conversion()}
         if self._critic is None:
-            return [*policy.holdings(), Holding("made of them for training", made)]
+            return [*policy.holdings(), *self._taking_over(policy)]
         critic = trained(
             "critic", self._critic, own[1], asked=asked, others=tuple(policy.moments())
         )
@@ -199,13 +206,23 @@ class StepThree:
                 "policy", self._policy, own[0],
                 asked=asked if lora else (), others=tuple(critic.moments()[:-1]),
             )  # fmt: skip
-        if self._zero.stage < 3:  # under 3 the policy's whole weights are gone by then
-            made[_LOADING[1]] = policy.masters() + critic.conversion()
-        more = [Holding("made of them for training", made)]
+        more = self._taking_over(policy, critic)
         if self._keeps_graph():
             saved = {"score.forward": critic.activations.saved()}
             more.append(Holding("critic: activations kept for its first step", saved, knobs, True))
         return [*policy.holdings(), *critic.holdings(), *more]
+
+    def _taking_over(self, *engines: Trained) -> list[Holding]:
+        """What DeepSpeed makes of loaded weights, one model after the other."""
+        zero = self._zero
+        moments = _LOADING[: len(engines)]
+        weights = {moment: e.conversion() for moment, e in zip(moments, engines, strict=True)}
+        so_far = accumulate(engine.masters() for engine in engines)
+        masters = dict(zip(moments, so_far, strict=True))
+        return [
+            Holding("copies for training", weights, host=zero.parameters_on_host),
+            Holding("their float32 masters", masters, host=zero.optimizer_on_host),
+        ]
 
     def _keeps_graph(self) -> bool:
         """As in `stages.scoring`."""

@@ -109,15 +109,14 @@ class Trained:
         return [*self._weights(), *self._state(), *self._gradients(), *self._pass(), *self._step()]
 
     def conversion(self) -> int:
-        """Bytes beside the weights as they were loaded, while DeepSpeed takes them over: a flat
-        copy and masters; under stage 3 shards, their flat copy and masters.
+        """Bytes beside the weights as they were loaded and the masters, while DeepSpeed takes them
+        over: a flat copy; under stage 3 shards and their flat copy.
         """
-        zero, trained, size = self.zero, self.model.trained, self.model.itemsize
-        if zero.stage == 0:
+        if self.zero.stage == 0:
             return 0
-        if zero.stage < 3:
-            return trained * size + self.masters()
-        return 2 * zero.part(self.model.nbytes) + self.masters()
+        if self.zero.stage < 3:
+            return self.model.trained * self.model.itemsize
+        return 2 * self.zero.part(self.model.nbytes)
 
     def masters(self) -> int:
         """Bytes of the float32 copy that the optimizer updates, where there is one."""

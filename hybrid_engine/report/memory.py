@@ -13,6 +13,7 @@ import torch
 
 from hybrid_engine.distributed.device import compute_device
 from hybrid_engine.distributed.env import rank_env
+from hybrid_engine.distributed.shared_memory import most_shared, resident_shared
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _SAMPLING_SECONDS = 0.01
@@ -34,19 +35,23 @@ class KernelGauge:
 
     how = "resident memory, the kernel's high-water mark"
 
+    def __init__(self) -> None:
+        self._ranks = rank_env().local_world_size
+
     def reset(self) -> None:
+        most_shared(forget=True)
         _CLEAR_REFS.write_text("5")
 
     def peak(self) -> int:
         fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
         if "VmHWM" not in fields:
             raise OSError(f"{_STATUS} has no VmHWM")
-        most, shared = (_kilobytes(fields.get(name, "0 kB")) for name in ("VmHWM", "RssShmem"))
-        return most - shared + shared // rank_env().local_world_size
+        return int(fields["VmHWM"].split()[0]) * 1024 - _of_others(most_shared(), self._ranks)
 
 
-def _kilobytes(field: str) -> int:
-    return int(field.split()[0]) * 1024
+def _of_others(shared: int, ranks: int) -> int:
+    """The part of the other ranks in pages that all of this host have."""
+    return shared - shared // ranks
 
 
 class SampledGauge:
@@ -57,7 +62,7 @@ class SampledGauge:
     how = "resident memory, sampled 100 times a second"
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
+        self._process, self._ranks = psutil.Process(), rank_env().local_world_size
         self._most = 0
         thread = threading.Thread(target=self._watch, name="memory-gauge", daemon=True)
         self._stop = threading.Event()
@@ -68,7 +73,8 @@ class SampledGauge:
             self._most = max(self._most, self._now())
 
     def _now(self) -> int:
-        return int(self._process.memory_info().rss)
+        resident = int(self._process.memory_info().rss)
+        return resident - _of_others(resident_shared(), self._ranks)
 
     def reset(self) -> None:
         self._most = self._now()

@@ -68,9 +68,11 @@ class Cast:
         assert isinstance(self.actor.model, CausalLM)  # only native models share
         return compute_trunk(self.actor.model, batch, self.shared_blocks)
 
-    def frozen_awake(self) -> AbstractContextManager[None]:
-        """Reference, reward model and original can be asked inside."""
-        return self.resting.awake() if self.resting is not None else nullcontext()
+    def awake(self, *frozen: CausalLM | ScalarModel | None) -> AbstractContextManager[None]:
+        """Those models, of reference, reward model and original, can be asked inside."""
+        if self.resting is None:
+            return nullcontext()
+        return self.resting.awake(*(model for model in frozen if model is not None))
 
     @torch.no_grad()
     def reference_scores(

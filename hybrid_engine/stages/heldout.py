@@ -120,7 +120,7 @@ def surprise(
     if original is None:
         return []
     sums: list[float] = []
-    with cast.frozen_awake():
+    with cast.awake(original):
         for part in passes(sequences, prompt_lengths, config.rlhf.max_tokens_per_pass):
             logprobs = original(
                 part.batch, part.rows, part.targets, 1.0, cast.trunk(part.batch)

@@ -61,7 +61,7 @@ def score_with_models(
     parts = list(passes(rollout.sequences, rollout.prompt_lengths, config.max_tokens_per_pass))
     keeps_graph = for_update and config.minibatches == len(parts) == 1
     temperature = config.generation.temperature
-    with cast.frozen_awake():
+    with cast.awake(cast.reference, cast.reward_model):
         for part in parts:
             trunk = cast.trunk(part.batch)
             scored = part.batch, part.rows, part.targets

@@ -28,7 +28,16 @@ def test_nodes_of_an_affinity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: set[int], nodes: list[int]
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: processors)
+    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
     assert memory_nodes(system(tmp_path)) == nodes
+
+
+def test_threads_that_openmp_binds_may_be_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setenv("OMP_PROC_BIND", "true")
+    assert memory_nodes(system(tmp_path)) == [0, 1]
 
 
 def test_a_system_that_does_not_tell(tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_what_waits_for_its_step_comes_back_and_nothing_else(accumulating: bool)
     assert torch.equal(torch.cat(parts), expected)
 
 
+def test_a_phase_that_broke_off_loses_nothing() -> None:
+    memory, flat, _ = memory_of(accumulating=True)
+    memory.take_back()  # nothing was lent
+    for _ in range(2):
+        memory.lend()
+        flat.fill_(float("nan"))
+    memory.take_back()
+    assert torch.equal(flat, buffer()[0])
+
+
 def optimizer(**more: object) -> SimpleNamespace:
     flat, parts = buffer()
     named = {"_Stage3__param_id_to_grad_partition": dict(enumerate(parts))}

@@ -44,7 +44,7 @@ def test_weights_come_and_go_and_keep_their_bits(directory: Path) -> None:
     asleep = addresses(model)
     assert not set(asleep.values()) & set(loaded.values())
     for _ in range(2):
-        with rest.awake():
+        with rest.awake(model):
             assert not set(addresses(model).values()) & set(asleep.values())
             assert model.head.weight is model.decoder.embed_tokens.weight
             assert torch.equal(model.logits(BATCH), before)
@@ -55,7 +55,7 @@ def test_an_error_inside_sends_them_back(directory: Path) -> None:
     model = frozen(directory)
     rest = Resting([model], [])
     asleep = addresses(model)
-    with pytest.raises(RuntimeError, match="inside"), rest.awake():
+    with pytest.raises(RuntimeError, match="inside"), rest.awake(model):
         raise RuntimeError("inside")
     assert addresses(model) == asleep
 
@@ -66,7 +66,7 @@ def test_blocks_shared_with_a_trained_model_stay(directory: Path) -> None:
     assert share_frozen_trunk([policy, reference, critic]) == 1
     loaded = addresses(policy)
     rest = Resting([reference, critic], [policy])
-    with rest.awake():
+    with rest.awake(reference, critic):
         for model in (reference, critic):
             found = addresses(model)
             assert found["decoder.blocks.0.qkv.weight"] == loaded["decoder.blocks.0.qkv.weight"]
@@ -81,5 +81,8 @@ def test_what_frozen_models_share_is_moved_once(directory: Path) -> None:
     assert rest.nbytes < 2 * Resting([frozen(directory)], []).nbytes
     name = "decoder.blocks.0.qkv.weight"
     assert addresses(models[0])[name] == addresses(models[1])[name]
-    with rest.awake():
+    with rest.awake(*models):
         assert addresses(models[0])[name] == addresses(models[1])[name]
+    asleep = addresses(models[1])
+    with rest.awake(models[0]):
+        assert addresses(models[1]) == asleep

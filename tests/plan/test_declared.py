@@ -112,7 +112,7 @@ def test_one_copy_for_a_host_lies_where_gradients_do(
     zero, moment = Zero(stage=3, ranks=2), "generate.rollout"
 
     def held(nodes: list[int], one_host: bool = True) -> list[int]:
-        monkeypatch.setattr(generation, "memory_nodes", lambda: nodes)
+        monkeypatch.setattr(generation, "system_nodes", lambda: nodes)
         found = gather_holdings(size, zero, GenerationConfig(), one_host, moment)
         return [holding.bytes_at(moment) for holding in found]
 
