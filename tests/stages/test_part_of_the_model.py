@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hybrid_engine.engine import TrainEngine
 from hybrid_engine.models import (
     adapted_linears,
     is_quantized,
@@ -33,7 +34,7 @@ SENTENCE = list(b"film 7 is good")
 
 @pytest.fixture
 def casts(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The models of the runs' third steps."""
+    """The models of the runs' third steps, which stay whole to be looked at."""
     seen = []
     assemble = rlhf.assemble
 
@@ -42,6 +43,7 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list:
         return seen[-1]
 
     monkeypatch.setattr(rlhf, "assemble", keep)
+    monkeypatch.setattr(TrainEngine, "close", lambda self: None)
     return seen
 
 
