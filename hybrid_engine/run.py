@@ -5,6 +5,8 @@ leave it.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -237,6 +239,19 @@ class Run:
                 f"data.max_length ({self.config.data.max_length}) is more than the model's context "
                 f"of {context} tokens; lower it"
             )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the step that is running, reported. What it has gathered and freed goes back
+        before the next begins.
+        """
+        from hybrid_engine.plan import trim_heap
+
+        with self.reporter.phase(name):
+            yield
+        for engine in self.engines:
+            engine.release_gathered()
+        trim_heap()
 
     # Training and saving
 

@@ -30,6 +30,7 @@ from hybrid_engine.engine.held_parameters import HeldParameters
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
 from hybrid_engine.engine.train_state import TrainState
+from hybrid_engine.engine.zero3_trace import decide_by_trace
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import is_quantized
 
@@ -95,6 +96,7 @@ class TrainEngine(HeldParameters):
         self._accumulating = False  # gradients wait for their step
         self._gradients: GradientMemory | None = None
         if zero_stage == 3:
+            decide_by_trace(engine.optimizer)
             self._gradients = gradient_memory(engine.optimizer, lambda: self._accumulating)
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
@@ -192,6 +194,13 @@ class TrainEngine(HeldParameters):
     def gradient_memory(self) -> GradientMemory | None:
         """Where ZeRO-3 keeps this rank's gradients, for others to use between steps."""
         return self._gradients
+
+    def release_gathered(self) -> None:
+        """Under ZeRO-3: let go of parameters that a forward pass has gathered and DeepSpeed keeps
+        for a backward. Every rank calls this.
+        """
+        if self.zero_stage == 3:
+            self._engine.optimizer.empty_partition_cache()
 
     def close(self) -> None:
         """Give back what the engine holds, which DeepSpeed's hooks would keep for as long as the

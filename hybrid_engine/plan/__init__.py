@@ -3,7 +3,7 @@
 from .holdings import Holding, StepPlan, gigabytes
 from .limits import Limits, memory_limits
 from .planner import NOT_PLANNED, RunPlan, checked, out_of_memory, plan_run
-from .process import give_back_freed
+from .process import give_back_freed, trim_heap
 
 __all__ = [
     "NOT_PLANNED",
@@ -17,4 +17,5 @@ __all__ = [
     "memory_limits",
     "out_of_memory",
     "plan_run",
+    "trim_heap",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import psutil
 
@@ -19,12 +20,25 @@ def give_back_freed() -> bool:
     into the holes: a training step then takes a third more than its tensors, and generating, which
     has other sizes, begins with all of that still resident. Returns whether this is glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_glibc("mallopt")
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_FROM) and mallopt(_M_TRIM_THRESHOLD, _TRIM_FROM))
+
+
+def trim_heap() -> None:
+    """Returns the smaller freed pieces, too, where whole pages of them lie between others: after a
+    training phase of rows that are no longer than a mebibyte these were 0.1 GB, in 8 ms.
+    """
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
 
 
 def resident_bytes() -> int:

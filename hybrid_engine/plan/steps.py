@@ -160,9 +160,7 @@ class StepThree:
         sharing = self._zero.stage < 3
         own = own_bytes(models, sharing)
         stop = shared_blocks(models) if sharing else 0
-        loaded = dict.fromkeys(_LOADING, sum(m.nbytes for m in models))
-        holdings = [Holding("all models", loaded)]
-        holdings += self._trained(own, stop)
+        holdings = [self._loaded(models), *self._trained(own, stop)]
         frozen_own = own[len(own) - len(self._frozen) :]
         for (name, _), nbytes in zip(self._frozen.items(), frozen_own, strict=True):
             holdings.append(self._frozen_weights(name, nbytes))
@@ -170,6 +168,15 @@ class StepThree:
             nbytes = 4 * self._zero.part(self._policy.trained)
             holdings.append(always("average of the policy", nbytes, "rlhf.ema_decay"))
         return [*holdings, *self._generating(), *self._scoring(stop)]
+
+    def _loaded(self, models: list[ModelSize]) -> Holding:
+        """All of them whole, until DeepSpeed has made shards of the first."""
+        whole = sum(model.nbytes for model in models)
+        given_back = 0
+        if self._zero.stage == 3:
+            given_back = self._policy.nbytes - self._zero.part(self._policy.nbytes)
+        at = dict(zip(_LOADING, (whole, whole - given_back), strict=True))
+        return Holding("all models", at)
 
     def _frozen_weights(self, name: str, nbytes: int) -> Holding:
         knobs = ("model.dtype", "model.lora_r", "rlhf.frozen_models")

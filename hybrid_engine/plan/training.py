@@ -10,7 +10,9 @@ parameter; masters, moments and sums are float32):
     gradients         T m          T m         T m            T m / R        T m / R, at all times
 
 Moments come with the first step. Beside these there are the buckets that gradients are reduced
-in, what a step converts, and under stage 3 the parameters that are gathered during a pass.
+in, what a step converts, and under stage 3 the parameters that are gathered during a pass: as many
+as may live, once DeepSpeed has seen two equal passes and knows what comes next; block by block
+before.
 Measured with DeepSpeed 0.19.8: tests/plan/test_peaks.py.
 """
 

@@ -97,7 +97,7 @@ class StageLoop:
         return self.memory
 
     def _save(self, step: int) -> None:
-        with self._run.reporter.phase("checkpoint"):
+        with self._run.phase("checkpoint"):
             components: dict[str, Any] = {
                 name: c.state_dict() for name, c in self._components.items()
             }

@@ -41,7 +41,7 @@ def train_reward(run: Run) -> None:
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"reward": engine})
 
     def measure() -> dict[str, float]:
-        with run.reporter.phase("evaluate"):
+        with run.phase("evaluate"):
             return {
                 f"heldout_{name}": value
                 for name, value in evaluate(engine, data.heldout, config).items()
@@ -49,7 +49,7 @@ def train_reward(run: Run) -> None:
 
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         for step, indices in loop:
-            with run.reporter.phase("train"):
+            with run.phase("train"):
                 values = train_step(engine, [data.train[i] for i in local_share(indices)], config)
             if loop.due(config.eval_steps, step):
                 values |= measure()

@@ -43,7 +43,7 @@ def train_rlhf(run: Run) -> None:
     demonstrations = (
         demonstration_batches(run, source, tokenizer, steps.actor) if config.ptx_coef else None
     )
-    with run.reporter.phase("load"):
+    with run.phase("load"):
         cast = assemble(run, source, tokenizer, steps, mix.needs_model)
     scorer = Scorer(cast, mix, make_kl_controller(config.kl), config)
     ema = EMA(cast.policy.local_parameters(), config.ema_decay) if config.ema_decay else None
@@ -55,7 +55,7 @@ def train_rlhf(run: Run) -> None:
     judge = build_judge(unseen, run.config.seed) if unseen != "none" else None
 
     def evaluate() -> Heldout:
-        with run.reporter.phase("evaluate"):
+        with run.phase("evaluate"):
             return measure(cast, heldout, scorer.mix, judge, run.config)
 
     averages = cast.policy.parts(ema.averages) if ema else None
@@ -99,11 +99,11 @@ def iterate(
     """
     cast, config = scorer.cast, run.config.rlhf
     places, total = sample_places(len(indices), config.generation.samples_per_prompt)
-    with run.reporter.phase("generate"), cast.actor.generation():
+    with run.phase("generate"), cast.actor.generation():
         rollout = rollouts(indices, iteration)
-    with run.reporter.phase("score"):
+    with run.phase("score"):
         scored = scorer(rollout, prompts)
-    with run.reporter.phase("train"), both_training(cast):
+    with run.phase("train"), both_training(cast):
         updates = updater(
             scored.experience,
             hash_seed(run.config.seed, iteration),

@@ -33,13 +33,13 @@ def train_sft(run: Run) -> None:
     loop = StageLoop(run, STAGE, batches, config.save_steps, {"policy": engine})
 
     def measure() -> dict[str, float]:
-        with run.reporter.phase("evaluate"):
+        with run.phase("evaluate"):
             return evaluate(engine, data.heldout, config.max_tokens_per_pass)
 
     with run.reporter.stage(STAGE, loop.total, loop.start, loop.spent):
         before = loop.remember(measure)
         for step, indices in loop:
-            with run.reporter.phase("train"):
+            with run.phase("train"):
                 values = train_step(
                     engine,
                     [data.train[i] for i in local_share(indices)],
