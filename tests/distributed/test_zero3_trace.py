@@ -1,0 +1,61 @@
+"""What ZeRO-3 keeps of gathered weights: from forward to backward, whatever ran before; and nothing
+of a pass without one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_engine.config import OptimizerConfig
+from hybrid_engine.distributed.collectives import rank
+from hybrid_engine.engine import TrainEngine
+from hybrid_engine.models import load_causal_lm, pack, response_rows
+from tests.distributed.ranks import results_of
+from tests.models.peers import ragged, save_causal
+
+pytestmark = pytest.mark.multi_process
+
+ZERO_3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+
+
+def gathered(engine: TrainEngine) -> int:
+    """Elements that are there in whole."""
+    return sum(p.numel() for p in engine.module.parameters())
+
+
+def evaluated_first(directory: str) -> list[int]:
+    """An evaluation of two passes, then steps of one pass each. Returns what was gathered after
+    each forward of these, after the last backward, after another evaluation, and after letting go.
+    """
+    model = load_causal_lm(directory)
+    engine = TrainEngine(model, OptimizerConfig(), 9, {"zero_optimization": ZERO_3})
+    batch = pack(ragged(rank()))
+    rows, targets = response_rows(batch, [1] * batch.num_sequences)
+    with torch.no_grad():
+        for _ in range(2):
+            engine(batch, rows, targets)
+    found = []
+    for _ in range(4):
+        logprobs = engine(batch, rows, targets).logprobs
+        found.append(gathered(engine))
+        engine.backward(-logprobs.sum(), 100)
+        engine.step()
+    found.append(gathered(engine))
+    with torch.no_grad():
+        engine(batch, rows, targets)
+    found.append(gathered(engine))
+    engine.release_gathered()
+    return [*found, gathered(engine)]
+
+
+def test_training_gathers_once_a_pass_after_an_evaluation(tmp_path: Path) -> None:
+    model = save_causal("llama-uneven", tmp_path / "model")
+    whole = sum(p.numel() for p in model.parameters())
+    for found in results_of(f"{__name__}:evaluated_first", 2, tmp_path / "model"):
+        *training, between, evaluated, released = found
+        print(found, whole)
+        assert training[-2:] == [whole, whole]
+        assert (between, evaluated, released) == (0, whole, 0)
