@@ -32,8 +32,8 @@ SETTINGS = {
     "sft.batch_size": 8,
     "sft.max_tokens_per_pass": 1024,
     "reward.max_steps": 2,
-    "reward.batch_size": 8,
-    "reward.max_tokens_per_pass": 4 * (PROMPT + 2 * ANSWER),  # a pair has its prompt once
+    "reward.batch_size": 4,
+    "reward.max_tokens_per_pass": 1024,
     "rlhf.iterations": 2,
     "rlhf.prompts_per_iteration": 16,
     "rlhf.epochs": 1,
@@ -61,10 +61,13 @@ RANKS = {
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("family", WIDTHS)
 def test_every_phase_takes_what_was_planned(family: str, ranks: str, tmp_path: Path) -> None:
-    trainer = Trainer(_model(tmp_path / "model", family), _rows(tmp_path / "rows.jsonl"), SETTINGS)
-    command = [sys.executable, "-m", "hybrid_engine.train_rlhf"]
-    arguments = [*trainer.arguments(tmp_path / "out"), *RANKS[ranks]]
-    subprocess.run([*command, *arguments], check=True, env=environment())
+    model = _model(tmp_path / "model", family)
+    answers = _rows(tmp_path / "answers.jsonl", 3)  # a pair has its prompt once
+    prompts = _rows(tmp_path / "prompts.jsonl", PROMPT)
+    for rows, steps in ((answers, ["1", "2"]), (prompts, ["3"])):
+        arguments = Trainer(model, rows, SETTINGS).arguments(tmp_path / "out")
+        command = [sys.executable, "-m", "hybrid_engine.train_rlhf", *arguments, *RANKS[ranks]]
+        subprocess.run([*command, "--steps", *steps], check=True, env=environment())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     figures = {
         (step, phase): peaks
@@ -93,9 +96,11 @@ def _model(directory: Path, family: str) -> Path:
     return directory
 
 
-def _rows(path: Path) -> Path:
+def _rows(path: Path, prompt: int) -> Path:
+    """Rows of PROMPT + ANSWER tokens."""
+    answer = PROMPT + ANSWER - prompt
     rows = [
-        {"prompt": f"{i:03}".rjust(PROMPT, "p"), "chosen": "c" * ANSWER, "rejected": "r" * ANSWER}
+        {"prompt": f"{i:03}".rjust(prompt, "p"), "chosen": "c" * answer, "rejected": "r" * answer}
         for i in range(320)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
