@@ -30,7 +30,7 @@ from hybrid_engine.engine.held_parameters import HeldParameters
 from hybrid_engine.engine.nonfinite import NonFiniteGuard
 from hybrid_engine.engine.optim import build_adamw, learning_rate
 from hybrid_engine.engine.train_state import TrainState
-from hybrid_engine.engine.zero3_trace import decide_by_trace
+from hybrid_engine.engine.zero3_trace import decide_by_trace, release
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import is_quantized
 
@@ -93,6 +93,7 @@ class TrainEngine(HeldParameters):
             self._engine.enable_backward_allreduce = False
         self._state = TrainState(module, self._engine, self._optimizer, name, frozen)
         self._frozen = FrozenWeights(module, name) if verify_frozen else None
+        self._awaits_backward = False  # the last forward had a graph
         self._accumulating = False  # gradients wait for their step
         self._gradients: GradientMemory | None = None
         if zero_stage == 3:
@@ -101,6 +102,7 @@ class TrainEngine(HeldParameters):
         self.steps = 0  # calls of step(), skipped ones included: the schedule's position
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._awaits_backward = torch.is_grad_enabled()
         with waiting(f"{self._name}: forward"):
             return self._engine(*args, **kwargs)
 
@@ -130,7 +132,7 @@ class TrainEngine(HeldParameters):
         """
         self._guard.watch(loss_sum)
         self._reclaim_gradients()
-        self._accumulating = True
+        self._accumulating, self._awaits_backward = True, False
         scale = torch.full_like(loss_sum.detach(), world_size() / normaliser)
         scale = torch.where(torch.isfinite(loss_sum.detach()), scale, math.nan)
         with waiting(f"{self._name}: backward"):
@@ -196,11 +198,11 @@ class TrainEngine(HeldParameters):
         return self._gradients
 
     def release_gathered(self) -> None:
-        """Under ZeRO-3: let go of parameters that a forward pass has gathered and DeepSpeed keeps
-        for a backward. Every rank calls this.
+        """Under ZeRO-3: let go of parameters that a forward pass without a graph has gathered, and
+        that DeepSpeed keeps for a backward all the same. Every rank calls this.
         """
-        if self.zero_stage == 3:
-            self._engine.optimizer.empty_partition_cache()
+        if self.zero_stage == 3 and not self._awaits_backward:
+            release(self.module)
 
     def close(self) -> None:
         """Give back what the engine holds, which DeepSpeed's hooks would keep for as long as the

@@ -1,10 +1,10 @@
 """What a ZeRO-3 pass keeps of the parameters that it has gathered, decided anew for each trace.
 
-DeepSpeed records in which order modules run. From then on it keeps a gathered parameter for as long
-as the trace says that it comes again: from forward to backward. But it remembers its decisions by
-module and position alone, for the whole process: after an evaluation, whose passes have no
-backward, training lets go of every layer and gathers it a second time (0.19.8; 6 to 9 % of a step
-of SmolLM2-135M on two ranks), and closed engines stay in its memory.
+DeepSpeed records in which order modules run. From the next pass on it keeps a gathered parameter
+for as long as the trace says that it comes again: from forward to backward. But it remembers its
+decisions by module and position alone, for the whole process: after an evaluation, whose passes
+have no backward, training lets go of every layer and gathers it a second time (0.19.8; 6 to 9 % of
+a step of SmolLM2-135M on two ranks), and closed engines stay in its memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decide_by_trace(optimizer: Any) -> None:
-    """For DeepSpeed's ZeRO-3 optimizer. A version that decides otherwise is left as it is."""
+    """For DeepSpeed's ZeRO-3 optimizer. A version that is made otherwise is left as it is."""
     coordinator = optimizer.parameter_offload.get_param_coordinator()
-    if hasattr(coordinator, _DECISION):
+    known = inspect.isfunction(getattr(type(coordinator), _DECISION, None))
+    if known and hasattr(coordinator, _TRACE):
         setattr(coordinator, _DECISION, ReleasesOfOneTrace(coordinator))
+
+
+def release(module: Any) -> None:
+    """Lets go of a module's gathered parameters but those that are so small that they stay whole.
+    None may be in use, or on its way.
+    """
+    for parameter in module.parameters():
+        if parameter.ds_status.name == "AVAILABLE" and not parameter.ds_persist:
+            parameter.partition()

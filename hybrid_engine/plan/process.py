@@ -27,8 +27,8 @@ def give_back_freed() -> bool:
 
 
 def trim_heap() -> None:
-    """Returns the smaller freed pieces, too, where whole pages of them lie between others: after a
-    training phase of rows that are no longer than a mebibyte these were 0.1 GB, in 8 ms.
+    """Returns the smaller freed pieces, too, where whole pages of them lie between others: 0.1 GB
+    after a training phase whose tensors were smaller than a mebibyte, in 8 ms.
     """
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:

@@ -10,9 +10,9 @@ parameter; masters, moments and sums are float32):
     gradients         T m          T m         T m            T m / R        T m / R, at all times
 
 Moments come with the first step. Beside these there are the buckets that gradients are reduced
-in, what a step converts, and under stage 3 the parameters that are gathered during a pass: as many
-as may live, once DeepSpeed has seen two equal passes and knows what comes next; block by block
-before.
+in, what a step converts, and under stage 3 the parameters that are gathered during a pass: those
+that DeepSpeed keeps from forward to backward, once it has recorded such a pass (before, one after
+the other).
 Measured with DeepSpeed 0.19.8: tests/plan/test_peaks.py.
 """
 
@@ -25,7 +25,7 @@ from .activations import Activations
 from .holdings import ALWAYS, Holding
 from .models import ModelSize
 
-_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+_REUSE = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance
 _PERSISTENT = 100_000  # and its stage3_param_persistence_threshold
 
 
@@ -35,7 +35,8 @@ class Zero:
 
     Attributes:
         bucket: elements of a reduction bucket.
-        live: elements that may be gathered at a time.
+        reuse: a parameter is kept if, in elements of others, its next use is no farther away.
+        prefetched: elements that are gathered before their use.
         persistent: smaller parameters stay whole.
         optimizer_on_host, parameters_on_host: they are offloaded.
     """
@@ -43,7 +44,8 @@ class Zero:
     stage: int = 0
     ranks: int = 1
     bucket: int = 20_000_000
-    live: int = _LIVE
+    reuse: int = _REUSE
+    prefetched: int = 0
     persistent: int = _PERSISTENT
     optimizer_on_host: bool = False
     parameters_on_host: bool = False
@@ -60,7 +62,8 @@ class Zero:
             zero["stage"],
             ranks,
             int(zero["reduce_bucket_size"]),
-            int(zero.get("stage3_max_live_parameters", _LIVE)),
+            int(zero.get("stage3_max_reuse_distance", _REUSE)),
+            int(zero["stage3_prefetch_bucket_size"]),
             int(zero.get("stage3_param_persistence_threshold", _PERSISTENT)),
             offloaded("optimizer"),
             offloaded("param"),
@@ -69,6 +72,14 @@ class Zero:
     def part(self, elements: int) -> int:
         """Of one rank."""
         return -(-elements // self.ranks) if self.stage else elements
+
+    def gathered(self, elements: int, largest: int) -> int:
+        """Most of a model's elements, and of its largest parameter's, that a pass has whole: what
+        follows a parameter is run through twice until its backward.
+        """
+        if self.ranks == 1:
+            return 0
+        return min(elements, self.reuse // 2 + self.prefetched + largest)
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,8 @@ class Trained:
                 Holding(f"{self.name}: weights", {ALWAYS: nbytes}, ("model.dtype", "zero_stage"))
             ]
         small = sum(p.numel for p in self.model.parameters if p.numel < zero.persistent) * size
-        whole = min(self.model.nbytes, zero.live * size) if zero.ranks > 1 else 0
+        sizes = [p.numel for p in self.model.parameters]
+        whole = zero.gathered(sum(sizes), max(sizes)) * size
         return [
             Holding(
                 f"{self.name}: weights (a shard)",

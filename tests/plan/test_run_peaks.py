@@ -28,7 +28,7 @@ SETTINGS = {
     "data.max_length": PROMPT + ANSWER,
     "data.max_prompt_tokens": PROMPT,
     "data.heldout_fraction": 0.2,
-    "sft.max_steps": 4,  # DeepSpeed keeps what it gathers from the third equal pass on
+    "sft.max_steps": 4,  # DeepSpeed first records what a pass keeps
     "sft.batch_size": 8,
     "sft.max_tokens_per_pass": 1024,
     "reward.max_steps": 2,
