@@ -4,7 +4,7 @@ DeepSpeed records in which order modules run. From the next pass on it keeps a g
 for as long as the trace says that it comes again: from forward to backward. But it remembers its
 decisions by module and position alone, for the whole process: after an evaluation, whose passes
 have no backward, training lets go of every layer and gathers it a second time (0.19.8; 6 to 9 % of
-a step of SmolLM2-135M on two ranks), and closed engines stay in its memory.
+a pass of SmolLM2-135M on two ranks), and closed engines stay in its memory.
 """
 
 from __future__ import annotations

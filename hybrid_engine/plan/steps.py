@@ -130,9 +130,7 @@ class Planner:
 
 # Models are there, and DeepSpeed takes over the first, the second.
 _LOADING = (f"{LOAD}.policy", f"{LOAD}.critic")
-
-
-FROZEN = ("reference", "reward model", "original model")
+FROZEN = ("reference", "reward model", "original model")  # in this order; evaluated alone: the last
 
 
 class StepThree:
