@@ -11,9 +11,10 @@
 
 namespace hybrid {
 
-enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAmx: AVX-512, and linear's products on the matrix unit (`*.amx.cpp`, in the namespace amx).
+enum class Isa { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
-// The best level that this processor has, or the lower one named by HYBRID_KERNELS_ISA (generic, avx2, avx512).
+// The best level that this processor has, or the lower one named by HYBRID_KERNELS_ISA (generic, avx2, avx512, amx).
 // Throws std::invalid_argument when that variable names an unknown level or one the processor lacks.
 Isa current_isa();
 const char* isa_name(Isa isa);
@@ -27,7 +28,7 @@ const char* isa_name(Isa isa);
   namespace avx2 { __VA_ARGS__; }       \
   namespace avx512 { __VA_ARGS__; }
 #define HYBRID_PICK_SIMD(name)                                          \
-  (::hybrid::current_isa() == ::hybrid::Isa::kAvx512 ? avx512::name     \
+  (::hybrid::current_isa() >= ::hybrid::Isa::kAvx512 ? avx512::name     \
    : ::hybrid::current_isa() == ::hybrid::Isa::kAvx2 ? avx2::name       \
                                                      : generic::name)
 #else

@@ -26,11 +26,11 @@ void parallel_for(int64_t tasks, const Fn& fn) {
   }
 }
 
-// Runs fn(i, end) for i in [0, count), in `shares` runs of neighbours. A thread walks through one in order, so that it knows
+// Runs fn(own, i, end) for i in [0, count), in `shares` runs of neighbours. A thread walks through one in order, so that it knows
 // what it will read next (i + 1, if that is below the share's `end`), and memory sees a stream from each; then it helps with
-// the others, so that nobody waits for a thread that came late.
-template <typename Fn>
-void parallel_walk(int64_t count, int64_t shares, const Fn& fn) {
+// the others, so that nobody waits for a thread that came late. `own` is what prepare() returned to the thread at its start.
+template <typename Prepare, typename Fn>
+void parallel_walk(int64_t count, int64_t shares, const Prepare& prepare, const Fn& fn) {
   struct alignas(64) Share {
     std::atomic<int64_t> next;
     int64_t end;
@@ -41,11 +41,19 @@ void parallel_walk(int64_t count, int64_t shares, const Fn& fn) {
     walks[s].end = count * (s + 1) / shares;
   }
   parallel_for(shares, [&](int64_t first) {
+    auto own = prepare();
     for (int64_t s = 0; s < shares; ++s) {
       Share& walk = walks[(first + s) % shares];
-      for (int64_t i; (i = walk.next.fetch_add(1, std::memory_order_relaxed)) < walk.end;) fn(i, walk.end);
+      for (int64_t i; (i = walk.next.fetch_add(1, std::memory_order_relaxed)) < walk.end;) fn(own, i, walk.end);
     }
   });
+}
+
+// The same for threads that need nothing of their own: fn(i, end).
+template <typename Fn>
+void parallel_walk(int64_t count, int64_t shares, const Fn& fn) {
+  struct Nothing {};
+  parallel_walk(count, shares, [] { return Nothing(); }, [&](Nothing, int64_t i, int64_t end) { fn(i, end); });
 }
 
 }  // namespace hybrid

@@ -7,9 +7,19 @@ namespace hybrid {
 HYBRID_DECLARE_SIMD(void linear(const LinearArgs& args))
 HYBRID_DECLARE_SIMD(void matmul(const MatmulArgs& args))
 
-void linear(const LinearArgs& args) { HYBRID_PICK_SIMD(linear)(args); }
+#if defined(__x86_64__)
+namespace amx {
+void linear(const LinearArgs& args);
+void matmul(const MatmulArgs& args);
+}  // namespace amx
+#define HYBRID_PICK_PRODUCT(name) (current_isa() == Isa::kAmx ? amx::name : HYBRID_PICK_SIMD(name))
+#else
+#define HYBRID_PICK_PRODUCT(name) HYBRID_PICK_SIMD(name)
+#endif
 
-void matmul(const MatmulArgs& args) { HYBRID_PICK_SIMD(matmul)(args); }
+void linear(const LinearArgs& args) { HYBRID_PICK_PRODUCT(linear)(args); }
+
+void matmul(const MatmulArgs& args) { HYBRID_PICK_PRODUCT(matmul)(args); }
 
 void add_low_rank(const LowRankArgs& args) {
   const int64_t width = args.num_splits * args.R;

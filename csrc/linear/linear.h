@@ -44,7 +44,7 @@ void linear(const LinearArgs& args);
 
 // y[M,N] = a[M,K] b[K,N], with the same order of sums: the products of the backward.
 struct MatmulArgs {
-  const float* a;  // element (m, k) at a[m * a_row + k * a_col]
+  const float* a;  // element (m, k) at a[m * a_row + k * a_col]; one of the strides is 1
   int64_t a_row, a_col;
   const float* b;  // [K, N], row stride ldb
   int64_t ldb;

@@ -10,6 +10,7 @@
 // matmul, for the backward, has a third way: panels of its right factor are copied into L1, a chain at a time.
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "linear/finish.h"
 #include "linear/lanes.h"
 #include "linear/linear.h"
 #include "linear/scratch.h"
@@ -21,14 +22,6 @@ namespace {
 constexpr int64_t kChain = 128;         // products in a chain; of a panel they are 16 KiB at most: half of an L1
 constexpr int64_t kChunkRows = 256;     // their sums are 48 KiB at most, and their x stays in L2
 constexpr int64_t kTaskWork = 1 << 20;  // multiply-adds that are worth handing to a thread
-
-// y[row, col .. col + lanes) from finished sums. The one place where anything is added to them.
-void finish(const LinearArgs& args, Vec sums, int64_t row, int64_t col, int64_t lanes) {
-  const Vec bias = args.bias != nullptr ? Vec::load(args.bias + col, lanes) : Vec();
-  Vec out = fma(sums, Vec(args.alpha), bias);
-  if (args.residual != nullptr) out += Vec::load(args.residual + row * args.ldr + col, lanes);
-  out.store(args.y + row * args.ldy + col, lanes);
-}
 
 // Calls body(i, next) for each of `units` equal pieces of work. `next` is the one that the same thread will get after i, as far
 // as that is known; otherwise i again. Only as many threads take part as have enough to do.
@@ -44,16 +37,6 @@ void pad_rows(const Element* w, int64_t stride, int64_t rows, int64_t padded_row
   for (int64_t r = 0; r < padded_rows; ++r) {
     for (int64_t k = 0; k < depth; ++k) out[r * kChain + k] = r < rows ? to_float(w[r * stride + k]) : 0.0f;
   }
-}
-
-// Rows [first, first + count) of x and of what belongs to them.
-LinearArgs rows_of(const LinearArgs& args, int64_t first, int64_t count) {
-  LinearArgs rows = args;
-  rows.x += first * args.ldx;
-  rows.y += first * args.ldy;
-  if (args.residual != nullptr) rows.residual += first * args.ldr;
-  rows.M = count;
-  return rows;
 }
 
 // Weight rows from `col` on, if they lie without gaps.
@@ -103,22 +86,6 @@ void strips(const LinearArgs& args, const Element* w) {
   const int64_t count = ceil_div(args.N, kCols);
   const int64_t work = kCols * args.K * (args.M + 8);  // 8: reading costs as 8 rows do
   for_each_unit(count, work, [&](int64_t i, int64_t next) { strip<kStrips>(args, w, i * kCols, next * kCols); });
-}
-
-// sums [cols, lanes] of one panel of x to y[row .. row + rows, col .. col + cols).
-void finish_lanes(const LinearArgs& args, const float* sums, int64_t stride, int64_t row, int64_t rows, int64_t col,
-                  int64_t cols) {
-  for (int64_t lane = 0; lane < rows; lane += Vec::width) {
-    for_each_vec(cols, [&](int64_t c, int64_t lanes) {
-      Vec t[Vec::width];
-      load_transposed(sums + c * stride + lane, stride, t);
-      const int64_t count = smaller(Vec::width, rows - lane);
-#pragma GCC unroll 16
-      for (int i = 0; i < Vec::width; ++i) {
-        if (i < count) finish(args, t[i], row + lane + i, col + c, lanes);
-      }
-    });
-  }
 }
 
 // Where to find rows of a weight as floats.

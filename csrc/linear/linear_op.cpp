@@ -91,9 +91,10 @@ Tensor linear_activation_cpu(const Tensor& x, const Tensor& weight, const std::o
   return y;
 }
 
-Tensor matmul_cpu(const Tensor& a, const Tensor& b_) {
+Tensor matmul_cpu(const Tensor& a_, const Tensor& b_) {
   Dims dims("matmul");
-  dims.expect(a, "a", {"M", "K"}).expect(b_, "b", {"K", "N"});
+  dims.expect(a_, "a", {"M", "K"}).expect(b_, "b", {"K", "N"});
+  const Tensor a = a_.stride(0) == 1 || a_.stride(1) == 1 ? a_ : a_.contiguous();
   const Tensor b = b_.stride(1) == 1 && b_.stride(0) >= dims["N"] ? b_ : b_.contiguous();
   const Tensor y = at::empty({dims["M"], dims["N"]}, a.options());
   matmul({.a = a.const_data_ptr<float>(),

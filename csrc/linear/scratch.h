@@ -6,7 +6,7 @@ namespace hybrid {
 
 // At least `floats` floats, aligned to a cache line, uninitialised, valid until this thread's next call with the same slot.
 // A kernel that calls another kernel inside a task gives it a slot of its own.
-enum class ScratchSlot { kLinear, kAttention, kAttentionSplit, kHead, kCount };
+enum class ScratchSlot { kLinear, kLinearTiles, kAttention, kAttentionSplit, kHead, kCount };
 float* thread_scratch(ScratchSlot slot, int64_t floats);
 
 }  // namespace hybrid

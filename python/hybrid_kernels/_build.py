@@ -6,7 +6,8 @@ torch nor the rest of the package, so that it can be run where torch is absent.
 
 A source ``*.simd.cpp`` becomes one object per instruction set, each with its own flags and with
 ``HYBRID_ISA`` naming its namespace; the choice among them is made when the library runs. Nothing is
-compiled with ``-march=native``: the same binary serves every x86-64 processor.
+compiled with ``-march=native``: the same binary serves every x86-64 processor. ``*.amx.cpp`` becomes
+one object, for those of them that have a matrix unit.
 """
 
 from __future__ import annotations
@@ -72,12 +73,17 @@ AVX512 = Isa(
         "-mprefer-vector-width=512",
     ),
 )
+# Its own instructions are written out, so that a compiler that does not know them will do.
+AMX = Isa("amx", AVX512.flags)
 
 
 def target_isas(machine: str | None = None) -> tuple[Isa, ...]:
     """The levels compiled for a processor family (this one's by default), plainest first."""
-    x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
-    return (GENERIC, AVX2, AVX512) if x86 else (GENERIC,)
+    return (GENERIC, AVX2, AVX512) if is_x86(machine) else (GENERIC,)
+
+
+def is_x86(machine: str | None = None) -> bool:
+    return (machine or platform.machine()).lower() in ("x86_64", "amd64")
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Unit:
 
     @property
     def object_name(self) -> str:
-        stem = self.source.removesuffix(".cpp").replace("/", "__")
+        stem = self.source.removesuffix(".cpp").removesuffix(".amx").replace("/", "__")
         return f"{stem}.{self.isa.name}.o" if self.isa else f"{stem}.o"
 
     @property
@@ -136,12 +142,14 @@ class KernelSpec:
         units = [
             Unit(source, None, _uses_torch(csrc / source))
             for source in sources
-            if not source.endswith(".simd.cpp")
+            if not source.endswith((".simd.cpp", ".amx.cpp"))
         ]
         for isa in target_isas():
             units += [
                 Unit(source, isa, False) for source in sources if source.endswith(".simd.cpp")
             ]
+        if is_x86():
+            units += [Unit(source, AMX, False) for source in sources if source.endswith(".amx.cpp")]
         return units
 
     def files(self, csrc: Path) -> list[Path]:
@@ -314,7 +322,7 @@ def binary_key(csrc: Path, torch_version: str, cuda: bool = False) -> str:
     gpus = f"cuda={','.join(cuda_architectures()) if cuda else ''}"
     for part in (torch_version, gpus, abi, *FLAGS, *WARNINGS, *NVCC_FLAGS):
         digest.update(part.encode() + b"\0")
-    for isa in target_isas():
+    for isa in (*target_isas(), AMX):
         digest.update(" ".join((isa.name, *isa.flags)).encode() + b"\0")
     for path in SPEC.files(csrc):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0")
@@ -437,15 +445,18 @@ def cmake_lists() -> str:
     csrc = find_csrc()
     units = [unit for unit in SPEC.units(csrc) if not unit.uses_torch]
     plain = [f"csrc/{unit.source}" for unit in units if unit.isa is None]
-    simd = sorted({f"csrc/{unit.source}" for unit in units if unit.isa})
+    simd = sorted({f"csrc/{unit.source}" for unit in units if unit.isa in target_isas()})
+    amx = [f"csrc/{unit.source}" for unit in units if unit.isa is AMX]
     lines = [
         f"set(HYBRID_FLAGS {' '.join(flag for flag in FLAGS if flag != '-O3')})",
         f"set(HYBRID_WARNINGS {' '.join(WARNINGS)})",
         f"set(HYBRID_PLAIN_SOURCES {' '.join(plain)})",
         f"set(HYBRID_SIMD_SOURCES {' '.join(simd)})",
+        f"set(HYBRID_AMX_SOURCES {' '.join(amx)})",
         f"set(HYBRID_ISAS {' '.join(isa.name for isa in target_isas())})",
     ]
-    lines += [f"set(HYBRID_FLAGS_{isa.name} {' '.join(isa.flags)})" for isa in target_isas()]
+    isas = (*target_isas(), AMX)
+    lines += [f"set(HYBRID_FLAGS_{isa.name} {' '.join(isa.flags)})" for isa in isas]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hybrid_kernels import native_module
 
 HERE = Path(__file__).parent
-LEVELS = ["generic", "avx2", "avx512"]
+LEVELS = ["generic", "avx2", "avx512", "amx"]
 
 
 @pytest.mark.parametrize("isa", LEVELS)

@@ -275,7 +275,7 @@ def test_without_a_library_require_native_is_an_error() -> None:
 def test_a_lower_instruction_set_can_be_forced() -> None:
     code = "from hybrid_kernels import native_module; print(native_module().isa())"
     assert _python(code, HYBRID_KERNELS_ISA="generic").stdout.strip() == "generic"
-    assert "expected generic, avx2 or avx512" in _python(code, HYBRID_KERNELS_ISA="sse").stderr
+    assert "expected generic, avx2, avx512 or amx" in _python(code, HYBRID_KERNELS_ISA="sse").stderr
 
 
 @pytest.mark.slow
@@ -307,12 +307,13 @@ def test_vector_objects_share_no_inline_function() -> None:
     csrc, tools = _build.find_csrc(), _build.Toolchain.detect()
     native_module()
     objects = _jit.cache_root() / _jit.configuration(csrc, tools) / "objects"
-    units = [unit for unit in _build.SPEC.units(csrc) if unit.isa is _build.AVX512]
+    levels = (_build.AVX512, _build.AMX)
+    units = [unit for unit in _build.SPEC.units(csrc) if unit.isa in levels]
     if not all((objects / unit.object_name).is_file() for unit in units):
         pytest.skip("the library was built ahead of time: no object files to look at")
     for unit in units:
         command = ["nm", "-C", "--defined-only", str(objects / unit.object_name)]
         symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         shared = re.findall(r"^\w+ [WVu] (.*)$", symbols, re.MULTILINE)
-        strays = [name for name in shared if "hybrid::avx512::" not in name]
+        strays = [name for name in shared if f"hybrid::{unit.isa.name}::" not in name]
         assert [name for name in strays if not name.startswith("DW.ref.")] == [], unit.source
