@@ -1,18 +1,28 @@
 // The two factors of a product on the matrix unit (matrix_unit.h), on their way into its tiles. Past their edges they are zero.
 //
-// Left factors are read where they lie, kGroupRows rows at a time, and split while the unit multiplies. The right one is split
-// once, into a panel: [tiles of 16 columns][steps][kParts][16 words of depth][16 columns].
+// Left factors are read where they lie, a group of rows at a time, and split while the unit multiplies. The right one is split
+// once a thread, into a panel: [tiles of 16 columns][steps][kParts][16 words of depth][16 columns].
 #pragma once
 #include <string.h>
 
+#include "common/parallel.h"
+#include "linear/linear.h"
 #include "linear/matrix_unit.h"
 #include "linear/tile.h"
 
 namespace hybrid::HYBRID_ISA {
 
-inline constexpr int64_t kGroupRows = 2 * kTile;
+// Sums run in chains of so many steps, whose totals are added in order.
+inline constexpr int64_t kChainSteps = 18;  // 576 deep
+inline int64_t steps_of(int64_t depth) { return larger(1, ceil_div(depth, kStep)); }
 
-// One step of a group: kGroupRows rows, kStep elements each.
+// How many threads have enough to do: each reads a left factor's part and multiplies it.
+inline int64_t shares_worthwhile(int64_t rows, int64_t steps, int64_t cols) {
+  constexpr int64_t kTaskWork = 1 << 20;
+  return larger(1, ceil_div(rows * steps * kStep * (cols + 8), kTaskWork));
+}
+
+// One step of a group of rows, kStep elements each.
 template <typename Element>
 struct StepRows {
   const Element* base;
@@ -25,28 +35,38 @@ struct RowsOf {
   using Element = T;
   const Element* base;
   int64_t stride, rows, depth;
+  NextWeight next{};
 
-  StepRows<Element> step(int64_t row, int64_t k, Element* padded) const {
-    if (row + kGroupRows <= rows && k + kStep <= depth) return {base + row * stride + k, stride};
-    memset(padded, 0, kGroupRows * kStep * sizeof(Element));
-    const int64_t some_rows = smaller(kGroupRows, rows - row), some_depth = smaller(kStep, depth - k);
+  // Of group_rows rows from `row` on; `padded` has room for them.
+  StepRows<Element> step(int64_t row, int64_t k, int64_t group_rows, Element* padded) const {
+    if (row + group_rows <= rows && k + kStep <= depth) return {base + row * stride + k, stride};
+    memset(padded, 0, group_rows * kStep * sizeof(Element));
+    const int64_t some_rows = smaller(group_rows, rows - row), some_depth = smaller(kStep, depth - k);
     for (int64_t r = 0; r < some_rows && some_depth > 0; ++r) {
       memcpy(padded + r * kStep, base + (row + r) * stride + k, some_depth * sizeof(Element));
     }
     return {padded, kStep};
   }
 
-  // Fetches the group from `row` on.
-  void fetch(int64_t row) const {
+  // Fetches a group.
+  void fetch(int64_t row, int64_t group_rows) const {
     if (stride != depth) return;
     const char* const lines = reinterpret_cast<const char*>(base + row * stride);
-    const int64_t bytes = smaller(kGroupRows, rows - row) * stride * sizeof(Element);
+    const int64_t bytes = smaller(group_rows, rows - row) * stride * sizeof(Element);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(lines + at, 0, 2);
   }
-  // The same, to be fetched little by little; nothing where rows have gaps.
-  Ahead ahead(int64_t row) const {
-    if (stride != depth || row >= rows) return Ahead::nothing(base);
-    return {base + row * stride, sizeof(Element)};
+  // What a thread will read after group i of its share, to be fetched little by little: the next group, or at the end the first of its share of the next weight. Nothing where rows have gaps.
+  Ahead ahead(int64_t i, const WalkShare& share, int64_t group_rows) const {
+    const bool more = i + 1 < share.end;
+    const Weight weight = more ? Weight(base) : next.weight;
+    const int64_t width = more ? depth : next.K, row = more ? (i + 1) * group_rows : next_start(share, group_rows);
+    if (stride != depth || weight.data == nullptr) return Ahead::nothing(base);
+    return {weight.from(row * width).data, weight.type == Weight::Type::kFloat32 ? 4 : 2};
+  }
+
+ private:
+  int64_t next_start(const WalkShare& share, int64_t group_rows) const {
+    return ceil_div(next.rows, group_rows) * share.index / share.shares * group_rows;
   }
 };
 
@@ -56,9 +76,9 @@ struct ColumnsOf {
   const float* base;
   int64_t stride, rows, depth;
 
-  StepRows<float> step(int64_t row, int64_t k, float* turned) const {
+  StepRows<float> step(int64_t row, int64_t k, int64_t group_rows, float* turned) const {
     for (int64_t c = 0; c < kStep; c += Vec::width) {
-      for (int64_t r = 0; r < kGroupRows; r += Vec::width) {
+      for (int64_t r = 0; r < group_rows; r += Vec::width) {
         Vec square[Vec::width];
         load_transposed(base + (k + c) * stride + row + r, stride, depth - k - c, larger(0, rows - row - r), square);
 #pragma GCC unroll 16
@@ -67,8 +87,8 @@ struct ColumnsOf {
     }
     return {turned, kStep};
   }
-  void fetch(int64_t) const {}
-  Ahead ahead(int64_t) const { return Ahead::nothing(base); }
+  void fetch(int64_t, int64_t) const {}
+  Ahead ahead(int64_t, const WalkShare&, int64_t) const { return Ahead::nothing(base); }
 };
 
 inline constexpr int64_t kPanelStepWords = kParts * kTileWords;  // of one tile of columns
@@ -89,22 +109,15 @@ struct RowsAsColumns {
   int64_t stride, cols, depth;
 
   void pack(int64_t k, int64_t col, float* tiles) const {
-    alignas(64) float padded[kTile * kStep], parts[kParts][kTile * kTile];  // the latter pairs of bfloat16
-    const float* rows = base + col * stride + k;
-    int64_t row_stride = stride;
+    alignas(64) float parts[kParts][kTile * kTile], padded[kStep] = {};  // the former pairs of bfloat16
     const int64_t some_cols = smaller(kTile, cols - col), some_depth = smaller(kStep, depth - k);
-    if (some_cols < kTile || some_depth < kStep) {
-      memset(padded, 0, sizeof(padded));
-      for (int64_t c = 0; c < some_cols && some_depth > 0; ++c) {
-        memcpy(padded + c * kStep, rows + c * stride, some_depth * sizeof(float));
-      }
-      rows = padded;
-      row_stride = kStep;
-    }
-    for (int64_t c = 0; c < kTile; ++c) {
+    if (some_cols < kTile) memset(parts, 0, sizeof(parts));
+    for (int64_t c = 0; c < some_cols; ++c) {
+      const float* from = base + (col + c) * stride + k;
+      if (some_depth < kStep) from = static_cast<float*>(memcpy(padded, from, larger(0, some_depth) * sizeof(float)));
       Vec firsts[kParts], seconds[kParts];
-      split_rounded(Vec::load(rows + c * row_stride), firsts);
-      split_rounded(Vec::load(rows + c * row_stride + 16), seconds);
+      split_rounded(Vec::load(from), firsts);
+      split_rounded(Vec::load(from + 16), seconds);
 #pragma GCC unroll 3
       for (int i = 0; i < kParts; ++i) store_words(pack_words(firsts[i], seconds[i]), parts[i] + c * kTile);
     }

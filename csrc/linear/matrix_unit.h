@@ -87,4 +87,10 @@ inline Vec rounded(Vec a) {
   return Vec(reinterpret_cast<Vec::Float>((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u));
 }
 
+// Products of parts, the smallest first; a bfloat16 left factor has the last three.
+struct Product {
+  int left, right;
+};
+inline constexpr Product kProducts[] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+
 }  // namespace hybrid::HYBRID_ISA

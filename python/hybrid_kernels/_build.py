@@ -6,8 +6,8 @@ torch nor the rest of the package, so that it can be run where torch is absent.
 
 A source ``*.simd.cpp`` becomes one object per instruction set, each with its own flags and with
 ``HYBRID_ISA`` naming its namespace; the choice among them is made when the library runs. Nothing is
-compiled with ``-march=native``: the same binary serves every x86-64 processor. ``*.amx.cpp`` becomes
-one object, for those of them that have a matrix unit.
+compiled with ``-march=native``: the same binary serves every x86-64 processor. ``*.amx.cpp``
+becomes one object, for those of them that have a matrix unit.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ Environment variables (these six are all that the kernel library reads):
     Where libraries are built; by default ``$XDG_CACHE_HOME/hybrid_kernels`` or
     ``~/.cache/hybrid_kernels``.
 ``HYBRID_KERNELS_ISA``
-    ``generic``, ``avx2``, ``avx512`` or ``amx``: run on a lower instruction set than the processor's best.
+    ``generic``, ``avx2``, ``avx512`` or ``amx``: run on a lower instruction set than the
+    processor's best.
 ``HYBRID_KERNELS_EXACT``
     ``1``: on a GPU, `linear` keeps one order of sums whatever the number of rows, by way of Triton
     (`ops._exact`). On the CPU that is always so.

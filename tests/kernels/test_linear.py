@@ -56,8 +56,8 @@ def test_bfloat16_weight_gives_the_bits_of_its_floats(n: int, k: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_every_bfloat16_is_widened_exactly(rows: int) -> None:
-    """All finite bit patterns as the weights of one-hot rows, zeros and subnormals included. A matrix
-    unit takes subnormals for zero.
+    """All finite bit patterns as the weights of one-hot rows, zeros and subnormals included, which
+    a matrix unit takes for zero.
     """
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     patterns = patterns[patterns.isfinite()]

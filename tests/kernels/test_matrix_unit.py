@@ -81,6 +81,19 @@ def test_a_gradient_product_is_the_same_sum(rows: int) -> None:
     assert_same_bits(ops.matmul(a.T.contiguous().T, b), expected.contiguous())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-60, -66, -72, -118])
+def test_a_lone_row_has_the_same_bits_near_and_below_the_smallest_numbers(dtype, exponent) -> None:
+    """It is summed by the vector units, which know subnormal numbers: parts, products, sums."""
+    rng = torch.Generator().manual_seed(-exponent)
+    x = torch.randn(20, 1200, generator=rng) * 2.0**exponent
+    weight = (torch.randn(40, 1200, generator=rng) * 2.0**exponent).to(dtype)
+    bias = torch.randn(40, generator=rng) * 2.0**-127
+    whole = ops.linear(x, weight, bias)
+    for row in (0, 19):
+        assert_same_bits(ops.linear(x[row : row + 1], weight, bias), whole[row : row + 1])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
     """And stays in its row: an infinite factor gives NaN here."""
