@@ -18,7 +18,7 @@
 namespace hybrid::HYBRID_ISA {
 namespace {
 
-constexpr int64_t kBlockSteps = 4;            // that stay split, in 24 KiB of L1, while all pairs of column tiles pass
+constexpr int64_t kBlockSteps = 4;            // at most, that stay split in L1 while all pairs of column tiles pass
 constexpr int64_t kPanelFloats = 256 * 1024;  // 1 MiB: half of an L2
 constexpr int64_t kMostTiles = 16;            // of a panel; a group's sums with them are 32 KiB
 
@@ -77,10 +77,10 @@ class Walker {
   Walker(const Left& left, const Right& right, Panel panel)
       : panel_(panel),
         stride_(2 * kTile * panel.pairs()),
-        block_steps_(panel.pairs() == 1 ? kChainSteps : kBlockSteps),  // of one pair nobody needs a step again
+        block_steps_(block_steps(panel.pairs())),
         sums_(thread_scratch(ScratchSlot::kLinearTiles, 2 * kRows * stride_ + Tiles::floats(kBlockSteps + 1))),
         chain_(sums_ + kRows * stride_),
-        left_(left, panel.steps, panel.pairs() == 1 ? 2 : kBlockSteps + 1, chain_ + kRows * stride_) {
+        left_(left, panel.steps, panel.pairs() == 1 ? 2 : block_steps_ + 1, chain_ + kRows * stride_) {
     panel_.words = thread_scratch(ScratchSlot::kLinear, panel_.floats());
     panel_.fill(right);
   }
@@ -104,6 +104,9 @@ class Walker {
   }
 
  private:
+  // Of one pair nobody needs a step again. Of two, L1 is better left to the panel; of more, the sums go in and out too often.
+  static int64_t block_steps(int64_t pairs) { return pairs == 1 ? kChainSteps : pairs == 2 ? 2 : kBlockSteps; }
+
   using Tiles = LeftTiles<Left, kGroupTiles>;
 
   float* multiply_steps(float* step, int64_t first, int64_t end, bool goes_on, const Ahead& ahead, BlockSums sums) {
