@@ -46,8 +46,6 @@ int64_t thread_count() {
   return pool != nullptr ? pool->threads() : omp_get_max_threads();
 }
 
-int64_t thread_index() { return ThreadPool::index() > 0 ? ThreadPool::index() : omp_get_thread_num(); }
-
 void run_tasks(int64_t tasks, Task task, const void* closure) {
   if (thread_count() == 1) {
     for (int64_t i = 0; i < tasks; ++i) task(closure, i);

@@ -11,9 +11,6 @@ namespace hybrid {
 // torch's own OpenMP team (torch.set_num_threads applies); one inside a task, whose own loops run serially.
 int64_t thread_count();
 
-// Of the calling thread among those of a parallel_for.
-int64_t thread_index();
-
 using Task = void (*)(const void* closure, int64_t task);
 
 // Runs task(closure, i) for i in [0, tasks); the first exception, if any, is thrown here once all tasks have ended.
@@ -29,41 +26,34 @@ void parallel_for(int64_t tasks, const Fn& fn) {
   }
 }
 
-// A thread's part of a walk: neighbours up to `end`, the index-th of `shares` parts.
-struct WalkShare {
-  int64_t end, index, shares;
-};
-
-// Runs fn(own, i, share) for i in [0, count), in `shares` runs of neighbours. A thread walks through one in order, the same one of
-// so many every time, so that it knows what it will read next (i + 1, if that is below the share's end; beyond, the beginning of
-// its share of the next walk), and memory sees a stream from each; then it helps with the others, so that nobody waits for a
-// thread that came late. `own` is what prepare() returned to the thread at its start.
+// Runs fn(own, i, end) for i in [0, count), in `shares` runs of neighbours. A thread walks through one in order, so that it knows
+// what it will read next (i + 1, if that is below the share's `end`), and memory sees a stream from each; then it helps with
+// the others, so that nobody waits for a thread that came late. `own` is what prepare() returned to the thread at its start.
 template <typename Prepare, typename Fn>
 void parallel_walk(int64_t count, int64_t shares, const Prepare& prepare, const Fn& fn) {
-  struct alignas(64) Walk {
+  struct alignas(64) Share {
     std::atomic<int64_t> next;
-    WalkShare share;
+    int64_t end;
   };
-  const auto walks = std::make_unique<Walk[]>(shares);
+  const auto walks = std::make_unique<Share[]>(shares);
   for (int64_t s = 0; s < shares; ++s) {
     walks[s].next.store(count * s / shares, std::memory_order_relaxed);
-    walks[s].share = {count * (s + 1) / shares, s, shares};
+    walks[s].end = count * (s + 1) / shares;
   }
-  parallel_for(shares, [&](int64_t) {
+  parallel_for(shares, [&](int64_t first) {
     auto own = prepare();
-    const int64_t first = thread_index();
     for (int64_t s = 0; s < shares; ++s) {
-      Walk& walk = walks[(first + s) % shares];
-      for (int64_t i; (i = walk.next.fetch_add(1, std::memory_order_relaxed)) < walk.share.end;) fn(own, i, walk.share);
+      Share& walk = walks[(first + s) % shares];
+      for (int64_t i; (i = walk.next.fetch_add(1, std::memory_order_relaxed)) < walk.end;) fn(own, i, walk.end);
     }
   });
 }
 
-// The same for threads that need nothing of their own: fn(i, share).
+// The same for threads that need nothing of their own: fn(i, end).
 template <typename Fn>
 void parallel_walk(int64_t count, int64_t shares, const Fn& fn) {
   struct Nothing {};
-  parallel_walk(count, shares, [] { return Nothing(); }, [&](Nothing, int64_t i, const WalkShare& share) { fn(i, share); });
+  parallel_walk(count, shares, [] { return Nothing(); }, [&](Nothing, int64_t i, int64_t end) { fn(i, end); });
 }
 
 }  // namespace hybrid

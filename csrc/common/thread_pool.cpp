@@ -13,7 +13,6 @@ constexpr int kSpins = 4000;
 constexpr int kSpinsBetweenYields = 64;
 
 thread_local ThreadPool* region_pool = nullptr;
-thread_local int64_t index_in_pool = 0;
 
 void pause() {
 #if defined(__x86_64__)
@@ -74,8 +73,6 @@ std::atomic<ThreadPool*> the_pool{nullptr};
 }  // namespace
 
 ThreadPool* ThreadPool::current() { return region_pool; }
-
-int64_t ThreadPool::index() { return index_in_pool; }
 
 // Never destroyed: its threads may be asleep in it when the process exits. A forked child has none of them, so it starts anew.
 ThreadPool& ThreadPool::instance() {
@@ -164,7 +161,6 @@ bool ThreadPool::work_on(uint64_t ticket) {
 }
 
 void ThreadPool::work(int64_t worker) {
-  index_in_pool = worker;
   if (bound_by_openmp()) take_place(worker);
   for (;;) {
     for (int64_t threads; (threads = threads_.load(std::memory_order_acquire)) <= worker;) threads_.wait(threads);

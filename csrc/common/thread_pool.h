@@ -23,9 +23,6 @@ class ThreadPool {
   // nothing (parallel_for sees to that) and number less than 2^32 - 1.
   void run(int64_t tasks, const std::function<void(int64_t)>& task);
 
-  // Of the calling thread among them: 0 for the region's own.
-  static int64_t index();
-
   // Of the region, the caller included.
   int64_t threads() const { return threads_.load(std::memory_order_relaxed); }
 

@@ -319,12 +319,9 @@ void Forward::draw(int64_t first, int64_t count, const SamplingRule& rule, std::
 
 void Forward::linear_layer(const LinearWeights& layer, const float* x, int64_t rows, float* y) {
   int64_t col = 0;
-  for (size_t i = 0; i < layer.ranges.size(); ++i) {
-    const LinearWeights::Range& range = layer.ranges[i];
-    const bool last = i + 1 == layer.ranges.size();
-    const NextWeight next = last ? layer.next : NextWeight{layer.ranges[i + 1].weight, layer.ranges[i + 1].rows, layer.K};
+  for (const LinearWeights::Range& range : layer.ranges) {
     linear({.x = x, .ldx = layer.K, .w = range.weight, .ldw = layer.K, .bias = range.bias, .y = y + col, .ldy = layer.N,
-            .M = rows, .N = range.rows, .K = layer.K, .next = next});
+            .M = rows, .N = range.rows, .K = layer.K});
     col += range.rows;
   }
   if (layer.lora_a == nullptr) return;

@@ -221,18 +221,6 @@ int64_t widest_low_rank(const ModelWeights& model) {
   return widest;
 }
 
-// In the order of the layer walk. What comes anew for every pass is not there when it would be fetched, which does no harm.
-void link(ModelWeights& model) {
-  LinearWeights* before = nullptr;
-  for (BlockWeights& block : model.blocks) {
-    for (LinearWeights* linear : {&block.qkv, &block.attn_out, &block.mlp_in, &block.mlp_out}) {
-      const LinearWeights::Range& first = linear->ranges.front();
-      if (before != nullptr) before->next = {first.weight, first.rows, linear->K};
-      before = linear;
-    }
-  }
-}
-
 }  // namespace
 
 ModelWeights resolve_weights(const DecoderSpec& spec, const Slices& slices, const TensorTable& table,
@@ -259,7 +247,6 @@ ModelWeights resolve_weights(const DecoderSpec& spec, const Slices& slices, cons
   if (spec.final_norm) model.final_norm = resolver.norm("decoder.final_norm", spec);
   model.head = resolve_head(resolver, spec, vocab, model.embed_tokens);
   model.max_lora_columns = widest_low_rank(model);
-  link(model);
   resolver.refuse_leftovers();
   return model;
 }

@@ -44,7 +44,6 @@ struct LinearWeights {
   std::vector<LowRank> low_rank;  // [N, R] all together
   int64_t lora_pairs = 0, lora_rank = 0;
   float lora_scale = 1;
-  NextWeight next{};  // that the layer walk multiplies with afterwards
   int64_t lora_columns() const { return lora_pairs * lora_rank; }
 };
 

@@ -1,7 +1,7 @@
 // linear and matmul on the matrix unit of processors that have one (AMX); matrix_unit.h says how it multiplies floats.
 //
 // Every thread splits the right factor, activations in linear, into a panel of its own, some columns at a time; it stays in L2.
-// (To split a line again is some ten times as fast as to fetch it from another core.) Then it walks through groups of rows of the left one, weights in linear. A step of them is split, into L1, while the unit
+// (To split a line again is some ten times as fast as to fetch it from another core.) Then it walks through groups of kGroupRows rows of the left one, weights in linear. A step of them is split, into L1, while the unit
 // multiplies the step before, and the next group is fetched meanwhile: with few columns the weights pass by as fast as memory
 // gives them.
 //
@@ -46,49 +46,46 @@ struct Block {
 };
 
 // multiply_block() for it. The fewer pairs there are, the more lines each fetches.
-template <typename Left, int kGroupTiles>
-float* multiply_pair(const LeftTiles<Left, kGroupTiles>& left, float* step, const Block& block, const Panel& panel, const Ahead& ahead,
+template <typename Left>
+float* multiply_pair(const LeftTiles<Left>& left, float* step, const Block& block, const Panel& panel, const Ahead& ahead,
                      const BlockSums& sums) {
-  const int64_t pairs = panel.pairs(), step_bytes = kGroupTiles * kTile * kStep * ahead.element;
+  const int64_t pairs = panel.pairs(), step_bytes = kGroupRows * kStep * ahead.element;
   const Lines lines{static_cast<const char*>(ahead.at) + block.first * step_bytes + block.pair * step_bytes / pairs, step_bytes};
   const float* const right0 = panel.at(2 * block.pair, block.first);
   const auto multiply = [&]<int kRight, int kLines>() {
     const float* const right1 = kRight == 2 ? panel.at(2 * block.pair + 1, block.first) : right0;
     return multiply_block<kRight, kLines>(left, step, block.first, block.end, block.split_end, right0, right1, lines, sums);
   };
-  if constexpr (kGroupTiles == 4) {
-    return multiply.template operator()<1, 22>();
-  } else {
-    if (2 * block.pair + 1 == panel.tiles()) return multiply.template operator()<1, 6>();
-    if (pairs == 1) return multiply.template operator()<2, 11>();
-    if (pairs == 2) return multiply.template operator()<2, 6>();
-    if (pairs <= 4) return multiply.template operator()<2, 3>();
-    return multiply.template operator()<2, 2>();
-  }
+  const bool two = 2 * block.pair + 1 < panel.tiles();
+  const auto with_lines = [&]<int kLines>() {
+    return two ? multiply.template operator()<2, kLines>() : multiply.template operator()<1, kLines>();
+  };
+  if (pairs == 1) return with_lines.template operator()<11>();
+  if (pairs == 2) return with_lines.template operator()<6>();
+  if (pairs <= 4) return with_lines.template operator()<3>();
+  return with_lines.template operator()<2>();
 }
 
 // What a thread needs to walk through groups of the left factor: a panel, and tiles.
-template <typename Left, int kGroupTiles>
+template <typename Left>
 class Walker {
  public:
-  static constexpr int64_t kRows = kGroupTiles * kTile;
-
   template <typename Right>
   Walker(const Left& left, const Right& right, Panel panel)
       : panel_(panel),
         stride_(2 * kTile * panel.pairs()),
         block_steps_(block_steps(panel.pairs())),
-        sums_(thread_scratch(ScratchSlot::kLinearTiles, 2 * kRows * stride_ + Tiles::floats(kBlockSteps + 1))),
-        chain_(sums_ + kRows * stride_),
-        left_(left, panel.steps, panel.pairs() == 1 ? 2 : block_steps_ + 1, chain_ + kRows * stride_) {
+        sums_(thread_scratch(ScratchSlot::kLinearTiles, 2 * kGroupRows * stride_ + LeftTiles<Left>::floats(kBlockSteps + 1))),
+        chain_(sums_ + kGroupRows * stride_),
+        left_(left, panel.steps, panel.pairs() == 1 ? 2 : block_steps_ + 1, chain_ + kGroupRows * stride_) {
     panel_.words = thread_scratch(ScratchSlot::kLinear, panel_.floats());
     panel_.fill(right);
   }
 
-  const float* sums() const { return sums_; }  // [kRows, columns of the panel]
+  const float* sums() const { return sums_; }  // [kGroupRows, columns of the panel]
   int64_t stride() const { return stride_; }
 
-  // The sums of rows [row, row + kRows). The next ones, from `next_row` on, are fetched.
+  // The sums of rows [row, row + kGroupRows). The next ones, from `next_row` on, are fetched.
   void multiply(int64_t row, int64_t next_row, const Ahead& ahead) {
     left_.enter(row, next_row);
     float* step = left_.first();
@@ -107,8 +104,6 @@ class Walker {
   // Of one pair nobody needs a step again. Of two, L1 is better left to the panel; of more, the sums go in and out too often.
   static int64_t block_steps(int64_t pairs) { return pairs == 1 ? kChainSteps : pairs == 2 ? 2 : kBlockSteps; }
 
-  using Tiles = LeftTiles<Left, kGroupTiles>;
-
   float* multiply_steps(float* step, int64_t first, int64_t end, bool goes_on, const Ahead& ahead, BlockSums sums) {
     float* after = step;
     for (int64_t pair = 0; pair < panel_.pairs(); ++pair, sums.base += 2 * kTile) {
@@ -119,7 +114,7 @@ class Walker {
   }
 
   void add_chain() {
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kGroupRows; ++r) {
       for (int64_t i = r * stride_; i < r * stride_ + panel_.tiles() * kTile; i += Vec::width) {
         (Vec::load(sums_ + i) + Vec::load(chain_ + i)).store(sums_ + i);
       }
@@ -130,42 +125,30 @@ class Walker {
   Panel panel_;
   int64_t stride_, block_steps_;
   float *sums_, *chain_;
-  Tiles left_;
+  LeftTiles<Left> left_;
 };
-
-// Products of all rows of the left factor with the panel's columns of the right one.
-template <int kGroupTiles, typename Left, typename Right, typename Store>
-void walk(const Left& left, const Right& right, const Panel& panel, const Store& store) {
-  using Walker = amx::Walker<Left, kGroupTiles>;
-  const int64_t groups = ceil_div(left.rows, Walker::kRows);
-  const auto prepare = [&] { return Walker(left, right, panel); };
-  parallel_walk(groups, smaller(smaller(shares_worthwhile(left.rows, panel.steps, panel.cols), groups), thread_count()), prepare,
-                [&](Walker& walker, int64_t i, const WalkShare& share) {
-                  const int64_t row = i * Walker::kRows, next_row = i + 1 < share.end ? row + Walker::kRows : -1;
-                  walker.multiply(row, next_row, left.ahead(i, share, Walker::kRows));
-                  store(row, smaller(Walker::kRows, left.rows - row), walker.sums(), walker.stride(), panel.col, panel.cols);
-                });
-}
 
 // Products of all rows of the left factor with all columns of the right one; store(row, rows, sums, stride, col, cols) takes
 // those of some rows with some columns.
 template <typename Left, typename Right, typename Store>
 void product(const Left& left, const Right& right, const Store& store) {
-  const int64_t steps = steps_of(left.depth);
+  const int64_t steps = steps_of(left.depth), groups = ceil_div(left.rows, kGroupRows);
   const int64_t most = smaller(kMostTiles, larger(2, kPanelFloats / (steps * kPanelStepWords) / 2 * 2)) * kTile;
   for (int64_t col = 0; col < right.cols; col += most) {
     const Panel panel{nullptr, col, smaller(most, right.cols - col), steps};
-    if (panel.tiles() == 1) {
-      walk<4>(left, right, panel, store);
-    } else {
-      walk<2>(left, right, panel, store);
-    }
+    const int64_t shares = smaller(smaller(shares_worthwhile(left.rows, steps, panel.cols), groups), thread_count());
+    const auto prepare = [&] { return Walker<Left>(left, right, panel); };
+    parallel_walk(groups, shares, prepare, [&](Walker<Left>& walker, int64_t i, int64_t end) {
+      const int64_t row = i * kGroupRows, next_row = i + 1 < end ? row + kGroupRows : -1;
+      walker.multiply(row, next_row, left.ahead(next_row < 0 ? left.rows : next_row));
+      store(row, smaller(kGroupRows, left.rows - row), walker.sums(), walker.stride(), col, panel.cols);
+    });
   }
 }
 
 template <typename Element>
 void linear_with(const LinearArgs& args, const Element* w) {
-  const RowsOf<Element> weights{w, args.ldw, args.N, args.K, args.next};
+  const RowsOf<Element> weights{w, args.ldw, args.N, args.K};
   if (args.M == 1) return linear_row(args, weights);
   product(weights, RowsAsColumns{args.x, args.ldx, args.M, args.K},
           [&](int64_t col, int64_t cols, const float* sums, int64_t stride, int64_t row, int64_t rows) {
@@ -194,7 +177,7 @@ void matmul(const MatmulArgs& args) {
     }
   };
   if (args.a_col == 1) {
-    product(RowsOf<float>{args.a, args.a_row, args.M, args.K, {}}, b, store);
+    product(RowsOf<float>{args.a, args.a_row, args.M, args.K}, b, store);
   } else {
     product(ColumnsOf{args.a, args.a_col, args.M, args.K}, b, store);
   }

@@ -24,13 +24,6 @@ struct Weight {
   Type type = Type::kFloat32;
 };
 
-// A weight that will be multiplied with next, [rows, K] without gaps: threads fetch the beginnings of their shares while they
-// finish with the present one. A hint; it need not be there any more, or yet.
-struct NextWeight {
-  Weight weight{};
-  int64_t rows = 0, K = 0;
-};
-
 // y[M,N] = alpha * (x[M,K] w[N,K]^T) + bias[N] + residual[M,N].
 // Every output element is summed over K in one order that depends on neither M, N, the thread count nor the row's place:
 // the same row of x gives the same bits whatever else is in the batch. No alignment is asked for; any size may be zero.
@@ -46,7 +39,6 @@ struct LinearArgs {
   int64_t ldy = 0;
   int64_t M = 0, N = 0, K = 0;
   float alpha = 1.0f;
-  NextWeight next{};
 };
 void linear(const LinearArgs& args);
 

@@ -28,9 +28,7 @@ constexpr int64_t kTaskWork = 1 << 20;  // multiply-adds that are worth handing 
 template <typename Body>
 void for_each_unit(int64_t units, int64_t work_per_unit, const Body& body) {
   const int64_t worthwhile = larger(1, ceil_div(units * work_per_unit, kTaskWork));
-  parallel_walk(units, smaller(worthwhile, thread_count()), [&](int64_t i, const WalkShare& share) {
-    body(i, i + 1 < share.end ? i + 1 : i);
-  });
+  parallel_walk(units, smaller(worthwhile, thread_count()), [&](int64_t i, int64_t end) { body(i, i + 1 < end ? i + 1 : i); });
 }
 
 // rows of w at most `depth` deep as floats, with rows of zeros up to padded_rows; out's stride is kChain.

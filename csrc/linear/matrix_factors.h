@@ -5,8 +5,6 @@
 #pragma once
 #include <string.h>
 
-#include "common/parallel.h"
-#include "linear/linear.h"
 #include "linear/matrix_unit.h"
 #include "linear/tile.h"
 
@@ -35,7 +33,6 @@ struct RowsOf {
   using Element = T;
   const Element* base;
   int64_t stride, rows, depth;
-  NextWeight next{};
 
   // Of group_rows rows from `row` on; `padded` has room for them.
   StepRows<Element> step(int64_t row, int64_t k, int64_t group_rows, Element* padded) const {
@@ -48,25 +45,10 @@ struct RowsOf {
     return {padded, kStep};
   }
 
-  // Fetches a group.
-  void fetch(int64_t row, int64_t group_rows) const {
-    if (stride != depth) return;
-    const char* const lines = reinterpret_cast<const char*>(base + row * stride);
-    const int64_t bytes = smaller(group_rows, rows - row) * stride * sizeof(Element);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(lines + at, 0, 2);
-  }
-  // What a thread will read after group i of its share, to be fetched little by little: the next group, or at the end the first of its share of the next weight. Nothing where rows have gaps.
-  Ahead ahead(int64_t i, const WalkShare& share, int64_t group_rows) const {
-    const bool more = i + 1 < share.end;
-    const Weight weight = more ? Weight(base) : next.weight;
-    const int64_t width = more ? depth : next.K, row = more ? (i + 1) * group_rows : next_start(share, group_rows);
-    if (stride != depth || weight.data == nullptr) return Ahead::nothing(base);
-    return {weight.from(row * width).data, weight.type == Weight::Type::kFloat32 ? 4 : 2};
-  }
-
- private:
-  int64_t next_start(const WalkShare& share, int64_t group_rows) const {
-    return ceil_div(next.rows, group_rows) * share.index / share.shares * group_rows;
+  // What lies from `row` on, to be fetched little by little; nothing past the end, or where rows have gaps.
+  Ahead ahead(int64_t row) const {
+    if (stride != depth || row >= rows) return Ahead::nothing(base);
+    return {base + row * stride, sizeof(Element)};
   }
 };
 
@@ -87,8 +69,7 @@ struct ColumnsOf {
     }
     return {turned, kStep};
   }
-  void fetch(int64_t, int64_t) const {}
-  Ahead ahead(int64_t, const WalkShare&, int64_t) const { return Ahead::nothing(base); }
+  Ahead ahead(int64_t) const { return Ahead::nothing(base); }
 };
 
 inline constexpr int64_t kPanelStepWords = kParts * kTileWords;  // of one tile of columns

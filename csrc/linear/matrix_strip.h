@@ -76,9 +76,9 @@ void linear_row(const LinearArgs& args, const RowsOf<Element>& weights) {
     return parts;
   };
   const int64_t shares = smaller(smaller(shares_worthwhile(args.N, steps, 1), strips), thread_count());
-  parallel_walk(strips, shares, split_x, [&](const float* parts, int64_t i, const WalkShare& share) {
+  parallel_walk(strips, shares, split_x, [&](const float* parts, int64_t i, int64_t last) {
     const int64_t col = i * kTile;
-    const Ahead ahead = weights.ahead(i, share, kTile);
+    const Ahead ahead = weights.ahead(i + 1 < last ? col + kTile : args.N);
     const auto chain = [&](int64_t first) {
       const int64_t end = smaller(steps, first + kChainSteps);
       return strip_sums(weights, col, first, end, parts, padded_depth, ahead.after(first * kStep * kTile));

@@ -15,12 +15,10 @@ constexpr int64_t kMostTileCols = 1024;    // few rows: enough tiles for the tea
 // Blocks that are computed again together: 2 MiB of logits, or 32 KiB a row.
 constexpr int64_t kLeastMissing = 8192, kMissingPerRow = 128;
 
-// logits [rows, cols] of the vocabulary's columns [col, col + cols). The next_cols behind them are fetched.
-void multiply(const HeadArgs& head, int64_t col, int64_t cols, float* logits, int64_t stride, int64_t next_cols = 0) {
-  NextWeight next;
-  if (next_cols > 0) next = {head.weight.from((col + cols) * head.width), next_cols, head.width};
+// logits [rows, cols] of the vocabulary's columns [col, col + cols).
+void multiply(const HeadArgs& head, int64_t col, int64_t cols, float* logits, int64_t stride) {
   linear({.x = head.x, .ldx = head.ldx, .w = head.weight.from(col * head.width), .ldw = head.width, .y = logits,
-          .ldy = stride, .M = head.rows, .N = cols, .K = head.width, .next = next});
+          .ldy = stride, .M = head.rows, .N = cols, .K = head.width});
 }
 
 int64_t tile_cols(int64_t rows) {
@@ -32,10 +30,10 @@ int64_t tile_cols(int64_t rows) {
 template <typename Reduce>
 void for_each_tile(const HeadArgs& head, const Reduce& reduce) {
   const int64_t width = tile_cols(head.rows);
-  parallel_walk((head.vocab + width - 1) / width, thread_count(), [&](int64_t tile, const WalkShare& share) {
+  parallel_for((head.vocab + width - 1) / width, [&](int64_t tile) {
     float* logits = thread_scratch(ScratchSlot::kHead, head.rows * width);
     const int64_t col = tile * width, cols = std::min(width, head.vocab - col);
-    multiply(head, col, cols, logits, width, tile + 1 < share.end ? std::min(width, head.vocab - col - cols) : 0);
+    multiply(head, col, cols, logits, width);
     for (int64_t row = 0; row < head.rows; ++row) reduce(row, col, cols, logits + row * width);
   });
 }
