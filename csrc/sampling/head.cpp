@@ -10,7 +10,7 @@ namespace hybrid {
 namespace {
 
 constexpr int64_t kScoreRows = 256;        // rows that share a reading of the head
-constexpr int64_t kTileFloats = 64 * 1024;  // logits of a tile: 256 KiB of an L2
+constexpr int64_t kTileFloats = 32 * 1024;  // logits of a tile: 128 KiB of an L2
 constexpr int64_t kMostTileCols = 1024;    // few rows: enough tiles for the team to share
 // Blocks that are computed again together: 2 MiB of logits, or 32 KiB a row.
 constexpr int64_t kLeastMissing = 8192, kMissingPerRow = 128;

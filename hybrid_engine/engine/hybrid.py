@@ -146,6 +146,9 @@ class HybridEngine:
         `engine.gather`. Generating itself needs no message between ranks, so ranks may generate
         unequally much and long. Ranks of one host, which read one copy, leave together, and so do
         all where ``weight_bytes`` has layers streamed, and the others may need what a rank sends.
+
+        The KV cache is given back at the end, for the training to come; an engine without
+        ``train_engine`` keeps it for the next phase.
         """
         with self._enter("generation"):
             with self._weights_source().whole():
@@ -153,7 +156,8 @@ class HybridEngine:
                     yield
                 finally:
                     if self._native is not None:
-                        self._native.release()
+                        # Whoever never trains needs the memory for the next rollout alone.
+                        self._native.release(keep_cache=self.train_engine is None)
             if self.train_engine is not None:
                 self.train_engine.check_frozen("generating")
 

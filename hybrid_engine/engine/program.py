@@ -119,7 +119,7 @@ class NativeGenerator:
         self.program = self.builder.build()
 
     def generate(self, request: Request) -> dict[str, Any]:
-        """Binds the parameters as they lie now and generates; the KV cache is kept.
+        """Binds the parameters as they lie now and generates; the KV cache stays until `release`.
 
         Raises:
             UserError: a request that does not fit, or weights that give no finite logits. What a
@@ -151,10 +151,11 @@ class NativeGenerator:
                 raise
             raise UserError(str(error)) from error
 
-    def release(self) -> None:
+    def release(self, keep_cache: bool = False) -> None:
         """Lets go of the parameters, whose memory may be given back, and of the cache."""
         self.program.unbind()
-        self.program.release_cache()
+        if not keep_cache:
+            self.program.release_cache()
 
 
 class CallerErrors:

@@ -10,7 +10,7 @@ import torch
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
-from hybrid_engine.engine.program import ProgramBuilder
+from hybrid_engine.engine.program import NativeGenerator, ProgramBuilder
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, load_causal_lm, pack, response_rows
 from hybrid_kernels import native_module
@@ -242,3 +242,23 @@ def test_generating_before_binding_is_refused(llama: CausalLM) -> None:
     program = ProgramBuilder(llama).build()
     with pytest.raises(RuntimeError, match=r"bind\(\) comes first"):
         program.generate([[1]], **ONE_GREEDY)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_engine_that_never_trains_keeps_its_cache(
+    tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, trains: bool
+) -> None:
+    kept = []
+    release = NativeGenerator.release
+
+    def recorded(self: NativeGenerator, keep_cache: bool = False) -> None:
+        kept.append(keep_cache)
+        release(self, keep_cache)
+
+    monkeypatch.setattr(NativeGenerator, "release", recorded)
+    directory = tiny_directories["llama"]
+    engine = trainable(directory, 0) if trains else HybridEngine(load_sharpened(directory), None)
+    first, second = (engine.generate(PROMPTS, GREEDY) for _ in range(2))
+    assert kept == [not trains] * 2
+    assert first.tokens == second.tokens  # whatever an earlier rollout left in the cache
+    assert first.logprobs == second.logprobs

@@ -87,8 +87,10 @@ class DeviceGenerator:
             raise refusal from error
         return self._result(rollout)
 
-    def release(self) -> None:
-        """Lets go of the parameters, the cache, and the steps that have their addresses."""
+    def release(self, keep_cache: bool = False) -> None:
+        """Lets go of the parameters, the cache, and the steps that have their addresses: of the
+        cache in any case, which such steps write to.
+        """
         self._kept = None
 
     def _rollout(self, request: Request) -> DeviceRollout:
