@@ -1,9 +1,9 @@
 // linear and matmul on the matrix unit of processors that have one (AMX); matrix_unit.h says how it multiplies floats.
 //
 // Every thread splits the right factor, activations in linear, into a panel of its own, some columns at a time; it stays in L2.
-// (To split a line again is some ten times as fast as to fetch it from another core.) Then it walks through groups of kGroupRows rows of the left one, weights in linear. A step of them is split, into L1, while the unit
-// multiplies the step before, and the next group is fetched meanwhile: with few columns the weights pass by as fast as memory
-// gives them.
+// (To split a line again is some ten times as fast as to fetch it from another core.) Then it walks through groups of kGroupRows
+// rows of the left one, weights in linear. A step of them is split, into L1, while the unit multiplies the step before, and the
+// next group is fetched meanwhile: with few columns the weights pass by as fast as memory gives them.
 //
 // Every output is one sum in one order, whatever the numbers of rows, columns and threads: over depth by steps of 32, in chains of
 // kChainSteps whose totals are added in order. Sums that leave the unit within a chain come back as they were.

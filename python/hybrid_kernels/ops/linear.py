@@ -34,8 +34,9 @@ def linear(
 ) -> Tensor:
     """Linear layer: ``y = x W^T + b``, plus ``scale * (x A_s^T) B_s^T`` on output split s.
 
-    Each output element is one chain of multiply-adds over K in order, whatever the batch: a row of
-    ``x`` gives the same bits alone, in any batch, at any place and with any number of threads.
+    Each output element is summed over K in one order, whatever the batch: a row of ``x`` gives the
+    same bits alone, in any batch, at any place and with any number of threads. On a processor whose
+    matrix unit does the sums (AMX), subnormal numbers count as zero and infinite ones give NaN.
 
     Args:
         x: ``[..., K]`` float32.
@@ -119,7 +120,7 @@ def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a b``, each element one chain of multiply-adds in order: what `linear`'s gradients use.
+    """``a b``, each element summed in the one order of `linear`: what its gradients use.
 
     Args:
         a: ``[M, K]`` float32, any strides (a transposed view costs no copy).
