@@ -1,6 +1,7 @@
 #include "common/isa.h"
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -18,7 +19,9 @@ constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx"};
 // Whether the processor multiplies tiles of bfloat16 and Linux lets this process: it keeps 8 KiB of registers more for every
 // thread that uses them, and wants to be asked first.
 bool may_use_amx() {
-  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return false;
+  unsigned eax, ebx, ecx, edx;  // asked directly: not every compiler that builds this knows the feature by name
+  constexpr unsigned kAmxBFloat16 = 1u << 22, kAmxTile = 1u << 24, kBoth = kAmxBFloat16 | kAmxTile;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kBoth) != kBoth) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

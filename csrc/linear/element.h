@@ -6,11 +6,22 @@
 
 #include "common/bfloat16.h"
 #include "common/vec.h"
+#include "linear/linear.h"
 
 namespace hybrid::HYBRID_ISA {
 
 template <typename Element>
 inline constexpr int kPerLane = sizeof(float) / sizeof(Element);
+
+// Calls body with the weight as elements of its own type.
+template <typename Body>
+inline void with_elements(const Weight& weight, const Body& body) {
+  if (weight.type == Weight::Type::kFloat32) {
+    body(static_cast<const float*>(weight.data));
+  } else {
+    body(static_cast<const BFloat16*>(weight.data));
+  }
+}
 
 inline float to_float(float element) { return element; }
 inline float to_float(BFloat16 element) { return std::bit_cast<float>(uint32_t{element.bits} << 16); }

@@ -29,14 +29,4 @@ inline void finish_lanes(const LinearArgs& args, const float* sums, int64_t stri
   }
 }
 
-// Rows [first, first + count) of x and of what belongs to them.
-inline LinearArgs rows_of(const LinearArgs& args, int64_t first, int64_t count) {
-  LinearArgs rows = args;
-  rows.x += first * args.ldx;
-  rows.y += first * args.ldy;
-  if (args.residual != nullptr) rows.residual += first * args.ldr;
-  rows.M = count;
-  return rows;
-}
-
 }  // namespace hybrid::HYBRID_ISA

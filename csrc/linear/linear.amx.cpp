@@ -160,11 +160,7 @@ void linear_with(const LinearArgs& args, const Element* w) {
 
 void linear(const LinearArgs& args) {
   if (args.M <= 0 || args.N <= 0) return;
-  if (args.w.type == Weight::Type::kFloat32) {
-    linear_with(args, static_cast<const float*>(args.w.data));
-  } else {
-    linear_with(args, static_cast<const BFloat16*>(args.w.data));
-  }
+  with_elements(args.w, [&](const auto* w) { linear_with(args, w); });
 }
 
 void matmul(const MatmulArgs& args) {

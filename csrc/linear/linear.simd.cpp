@@ -39,6 +39,16 @@ void pad_rows(const Element* w, int64_t stride, int64_t rows, int64_t padded_row
   }
 }
 
+// Rows [first, first + count) of x and of what belongs to them.
+LinearArgs rows_of(const LinearArgs& args, int64_t first, int64_t count) {
+  LinearArgs rows = args;
+  rows.x += first * args.ldx;
+  rows.y += first * args.ldy;
+  if (args.residual != nullptr) rows.residual += first * args.ldr;
+  rows.M = count;
+  return rows;
+}
+
 // Weight rows from `col` on, if they lie without gaps.
 template <typename Element>
 Ahead weight_ahead(const LinearArgs& args, const Element* w, int64_t col) {
@@ -217,11 +227,7 @@ void linear_with(const LinearArgs& args, const Element* w) {
 
 void linear(const LinearArgs& args) {
   if (args.M <= 0 || args.N <= 0) return;
-  if (args.w.type == Weight::Type::kFloat32) {
-    linear_with(args, static_cast<const float*>(args.w.data));
-  } else {
-    linear_with(args, static_cast<const BFloat16*>(args.w.data));
-  }
+  with_elements(args.w, [&](const auto* w) { linear_with(args, w); });
 }
 
 void matmul(const MatmulArgs& args) {

@@ -147,8 +147,8 @@ class HybridEngine:
         unequally much and long. Ranks of one host, which read one copy, leave together, and so do
         all where ``weight_bytes`` has layers streamed, and the others may need what a rank sends.
 
-        The KV cache is given back at the end, for the training to come; an engine without
-        ``train_engine`` keeps it for the next phase.
+        The KV cache is given back at the end, for the training to come; on the CPU
+        an engine without ``train_engine`` keeps it for the next phase.
         """
         with self._enter("generation"):
             with self._weights_source().whole():
@@ -156,8 +156,7 @@ class HybridEngine:
                     yield
                 finally:
                     if self._native is not None:
-                        # Whoever never trains needs the memory for the next rollout alone.
-                        self._native.release(keep_cache=self.train_engine is None)
+                        self._native.release()
             if self.train_engine is not None:
                 self.train_engine.check_frozen("generating")
 
@@ -304,7 +303,8 @@ class HybridEngine:
     ) -> NativeGenerator | DeviceGenerator | TogetherGenerator:
         weights = self._weights_source()
         if self._together is None:
-            return generator_for(model, weights)
+            # Whoever never trains needs the cache's memory for the next rollout alone.
+            return generator_for(model, weights, keeps_cache=self.train_engine is None)
         return TogetherGenerator(model, weights, self._together)
 
     def _stop_tokens(self, params: SamplingParams) -> list[int]:

@@ -106,7 +106,11 @@ class ProgramBuilder:
 
 
 class NativeGenerator:
-    """Runs the C++ program on a module's parameters."""
+    """Runs the C++ program on a module's parameters.
+
+    Args:
+        keeps_cache: `release` leaves the KV cache for the next phase.
+    """
 
     def __init__(
         self,
@@ -114,8 +118,10 @@ class NativeGenerator:
         weights: WeightSource,
         slices: Slices | None = None,
         peers: Any = None,
+        keeps_cache: bool = False,
     ) -> None:
         self.builder = ProgramBuilder(model, weights, slices, peers)
+        self.keeps_cache = keeps_cache
         self.program = self.builder.build()
 
     def generate(self, request: Request) -> dict[str, Any]:
@@ -151,10 +157,10 @@ class NativeGenerator:
                 raise
             raise UserError(str(error)) from error
 
-    def release(self, keep_cache: bool = False) -> None:
+    def release(self) -> None:
         """Lets go of the parameters, whose memory may be given back, and of the cache."""
         self.program.unbind()
-        if not keep_cache:
+        if not self.keeps_cache:
             self.program.release_cache()
 
 

@@ -87,8 +87,8 @@ class TogetherGenerator:
                 error.partial = _own_part(error.partial, own)
             raise
 
-    def release(self, keep_cache: bool = False) -> None:
-        self._native.release(keep_cache)
+    def release(self) -> None:
+        self._native.release()
 
 
 def _described(request: Request) -> dict[str, Any]:

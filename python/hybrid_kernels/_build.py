@@ -73,7 +73,8 @@ AVX512 = Isa(
         "-mprefer-vector-width=512",
     ),
 )
-# Its own instructions are written out, so that a compiler that does not know them will do.
+# Its own instructions are written out: the assembler has to know them (binutils 2.35), not the
+# compiler.
 AMX = Isa("amx", AVX512.flags)
 
 

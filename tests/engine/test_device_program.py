@@ -200,7 +200,7 @@ def engine(llama: CausalLM, monkeypatch: pytest.MonkeyPatch) -> HybridEngine:
     """An engine with the program for GPUs."""
     monkeypatch.setattr(
         "hybrid_engine.engine.hybrid.generator_for",
-        lambda model, weights: DeviceGenerator(model, weights, lag=2),
+        lambda model, weights, keeps_cache: DeviceGenerator(model, weights, lag=2),
     )
     return HybridEngine(llama, None)
 

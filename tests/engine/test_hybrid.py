@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from hybrid_engine.config import OptimizerConfig
 from hybrid_engine.engine import HybridEngine, SamplingParams, TrainEngine
-from hybrid_engine.engine.program import NativeGenerator, ProgramBuilder
+from hybrid_engine.engine.program import ProgramBuilder
 from hybrid_engine.errors import UserError
 from hybrid_engine.models import CausalLM, load_causal_lm, pack, response_rows
 from hybrid_kernels import native_module
@@ -248,17 +249,24 @@ def test_generating_before_binding_is_refused(llama: CausalLM) -> None:
 def test_an_engine_that_never_trains_keeps_its_cache(
     tiny_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, trains: bool
 ) -> None:
-    kept = []
-    release = NativeGenerator.release
+    class Counted:
+        """The program, with its returned caches counted."""
 
-    def recorded(self: NativeGenerator, keep_cache: bool = False) -> None:
-        kept.append(keep_cache)
-        release(self, keep_cache)
+        def __init__(self, program: Any) -> None:
+            self.program, self.returned = program, 0
 
-    monkeypatch.setattr(NativeGenerator, "release", recorded)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.program, name)
+
+        def release_cache(self) -> None:
+            self.returned += 1
+            self.program.release_cache()
+
+    build = ProgramBuilder.build
+    monkeypatch.setattr(ProgramBuilder, "build", lambda self: Counted(build(self)))
     directory = tiny_directories["llama"]
     engine = trainable(directory, 0) if trains else HybridEngine(load_sharpened(directory), None)
     first, second = (engine.generate(PROMPTS, GREEDY) for _ in range(2))
-    assert kept == [not trains] * 2
+    assert engine._native.program.returned == (2 if trains else 0)
     assert first.tokens == second.tokens  # whatever an earlier rollout left in the cache
     assert first.logprobs == second.logprobs

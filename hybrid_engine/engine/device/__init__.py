@@ -15,8 +15,11 @@ __all__ = ["DeviceGenerator", "generator_for"]
 
 
 def generator_for(
-    model: CausalLM, weights: OwnWeights | GatheredWeights
+    model: CausalLM, weights: OwnWeights | GatheredWeights, keeps_cache: bool = False
 ) -> NativeGenerator | DeviceGenerator:
-    """What generates where a model's parameters are: the C++ program on the CPU, else this one."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return NativeGenerator(model, weights) if on_cpu else DeviceGenerator(model, weights)
+    """What generates where a model's parameters are: the C++ program on the CPU, else this one,
+    whose cache goes with its recorded steps.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        return NativeGenerator(model, weights, keeps_cache=keeps_cache)
+    return DeviceGenerator(model, weights)

@@ -87,10 +87,8 @@ class DeviceGenerator:
             raise refusal from error
         return self._result(rollout)
 
-    def release(self, keep_cache: bool = False) -> None:
-        """Lets go of the parameters, the cache, and the steps that have their addresses: of the
-        cache in any case, which such steps write to.
-        """
+    def release(self) -> None:
+        """Lets go of the parameters, the cache, and the steps that have their addresses."""
         self._kept = None
 
     def _rollout(self, request: Request) -> DeviceRollout:
