@@ -129,19 +129,22 @@ class Walker {
 };
 
 // Products of all rows of the left factor with all columns of the right one; store(row, rows, sums, stride, col, cols) takes
-// those of some rows with some columns.
+// those of some rows with some columns. A thread takes so many neighbouring groups at a time.
 template <typename Left, typename Right, typename Store>
-void product(const Left& left, const Right& right, const Store& store) {
+void product(const Left& left, const Right& right, const Store& store, int64_t together = 1) {
   const int64_t steps = steps_of(left.depth), groups = ceil_div(left.rows, kGroupRows);
   const int64_t most = smaller(kMostTiles, larger(2, kPanelFloats / (steps * kPanelStepWords) / 2 * 2)) * kTile;
   for (int64_t col = 0; col < right.cols; col += most) {
     const Panel panel{nullptr, col, smaller(most, right.cols - col), steps};
     const int64_t shares = smaller(smaller(shares_worthwhile(left.rows, steps, panel.cols), groups), thread_count());
     const auto prepare = [&] { return Walker<Left>(left, right, panel); };
-    parallel_walk(groups, shares, prepare, [&](Walker<Left>& walker, int64_t i, int64_t end) {
-      const int64_t row = i * kGroupRows, next_row = i + 1 < end ? row + kGroupRows : -1;
-      walker.multiply(row, next_row, left.ahead(next_row < 0 ? left.rows : next_row));
-      store(row, smaller(kGroupRows, left.rows - row), walker.sums(), walker.stride(), col, panel.cols);
+    parallel_walk(ceil_div(groups, together), shares, prepare, [&](Walker<Left>& walker, int64_t i, int64_t end) {
+      const int64_t last = smaller(groups, end * together) - 1;
+      for (int64_t group = i * together; group < smaller(groups, (i + 1) * together); ++group) {
+        const int64_t row = group * kGroupRows, next_row = group < last ? row + kGroupRows : -1;
+        walker.multiply(row, next_row, left.ahead(next_row < 0 ? left.rows : next_row));
+        store(row, smaller(kGroupRows, left.rows - row), walker.sums(), walker.stride(), col, panel.cols);
+      }
     });
   }
 }
@@ -161,6 +164,20 @@ void linear_with(const LinearArgs& args, const Element* w) {
 void linear(const LinearArgs& args) {
   if (args.M <= 0 || args.N <= 0) return;
   with_elements(args.w, [&](const auto* w) { linear_with(args, w); });
+}
+
+void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume) {
+  const RowsAsColumns x{args.x, args.ldx, args.M, args.K};
+  const auto multiply = [&](const auto* w) {
+    const auto store = [&](int64_t col, int64_t cols, const float* sums, int64_t stride, int64_t row, int64_t rows) {
+      const int64_t place = col % args.tile_cols;
+      const LinearArgs tile{.y = thread_scratch(ScratchSlot::kHead, rows * args.tile_cols), .ldy = args.tile_cols};
+      finish_lanes(tile, sums, stride, 0, rows, place, cols);
+      if (place + cols == args.tile_cols || col + cols == args.N) consume(row, rows, col - place, place + cols, tile.y);
+    };
+    product(RowsOf{w, args.K, args.N, args.K}, x, store, args.tile_cols / kGroupRows);
+  };
+  if (args.M > 0 && args.N > 0) with_elements(args.w, multiply);
 }
 
 void matmul(const MatmulArgs& args) {

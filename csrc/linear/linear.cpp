@@ -1,6 +1,10 @@
 #include "linear/linear.h"
 
+#include <algorithm>
+
 #include "common/isa.h"
+#include "common/parallel.h"
+#include "linear/scratch.h"
 
 namespace hybrid {
 
@@ -11,6 +15,7 @@ HYBRID_DECLARE_SIMD(void matmul(const MatmulArgs& args))
 namespace amx {
 void linear(const LinearArgs& args);
 void matmul(const MatmulArgs& args);
+void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume);
 }  // namespace amx
 #define HYBRID_PICK_PRODUCT(name) (current_isa() == Isa::kAmx ? amx::name : HYBRID_PICK_SIMD(name))
 #else
@@ -20,6 +25,19 @@ void matmul(const MatmulArgs& args);
 void linear(const LinearArgs& args) { HYBRID_PICK_PRODUCT(linear)(args); }
 
 void matmul(const MatmulArgs& args) { HYBRID_PICK_PRODUCT(matmul)(args); }
+
+void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::kAmx && args.M > 1) return amx::linear_tiles(args, consume);
+#endif
+  parallel_for((args.N + args.tile_cols - 1) / args.tile_cols, [&](int64_t tile) {
+    float* const y = thread_scratch(ScratchSlot::kHead, args.M * args.tile_cols);
+    const int64_t col = tile * args.tile_cols, cols = std::min(args.tile_cols, args.N - col);
+    linear({.x = args.x, .ldx = args.ldx, .w = args.w.from(col * args.K), .ldw = args.K, .y = y, .ldy = args.tile_cols,
+            .M = args.M, .N = cols, .K = args.K});
+    consume(0, args.M, col, cols, y);
+  });
+}
 
 void add_low_rank(const LowRankArgs& args) {
   const int64_t width = args.num_splits * args.R;

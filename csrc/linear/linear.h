@@ -1,6 +1,7 @@
 // Linear layer straight from the training layout [out, in].
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "common/bfloat16.h"
 
@@ -41,6 +42,19 @@ struct LinearArgs {
   float alpha = 1.0f;
 };
 void linear(const LinearArgs& args);
+
+// linear() a tile of columns at a time, for outputs that are reduced and not kept: consume(row, rows, col, cols, y) has the finished
+// y[row .. row + rows, col .. col + cols), row stride tile_cols, for as long as it runs, on any thread, in any order; every output
+// comes once, and the columns of a call are those of one tile. The same bits as linear()'s.
+struct LinearTilesArgs {
+  const float* x = nullptr;  // [M, K], row stride ldx
+  int64_t ldx = 0;
+  Weight w{};  // [N, K], contiguous
+  int64_t M = 0, N = 0, K = 0;
+  int64_t tile_cols = 0;  // a multiple of 32
+};
+using ConsumeTile = std::function<void(int64_t row, int64_t rows, int64_t col, int64_t cols, const float* y)>;
+void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume);
 
 // y[M,N] = a[M,K] b[K,N], with the same order of sums: the products of the backward.
 struct MatmulArgs {

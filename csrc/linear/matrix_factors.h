@@ -84,30 +84,29 @@ inline void split_rounded(Vec value, Vec (&parts)[kParts]) {
 
 // Right factors: pack() fills the kParts tiles of columns [col, col + 16) and depths [k, k + 32).
 
+// From a vector of the columns for each depth: of the first half of the step, and of the second.
+inline void pack_step(const Vec (&first)[kTile], const Vec (&second)[kTile], float* tiles) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r) {
+    Vec firsts[kParts], seconds[kParts];
+    split_rounded(first[r], firsts);
+    split_rounded(second[r], seconds);
+#pragma GCC unroll 3
+    for (int i = 0; i < kParts; ++i) store_words(pack_words(firsts[i], seconds[i]), tiles + i * kTileWords + r * kTile);
+  }
+}
+
 // Element (k, col) at base[col * stride + k]: a batch of activations, each a column.
 struct RowsAsColumns {
   const float* base;
   int64_t stride, cols, depth;
 
   void pack(int64_t k, int64_t col, float* tiles) const {
-    alignas(64) float parts[kParts][kTile * kTile], padded[kStep] = {};  // the former pairs of bfloat16
-    const int64_t some_cols = smaller(kTile, cols - col), some_depth = smaller(kStep, depth - k);
-    if (some_cols < kTile) memset(parts, 0, sizeof(parts));
-    for (int64_t c = 0; c < some_cols; ++c) {
-      const float* from = base + (col + c) * stride + k;
-      if (some_depth < kStep) from = static_cast<float*>(memcpy(padded, from, larger(0, some_depth) * sizeof(float)));
-      Vec firsts[kParts], seconds[kParts];
-      split_rounded(Vec::load(from), firsts);
-      split_rounded(Vec::load(from + 16), seconds);
-#pragma GCC unroll 3
-      for (int i = 0; i < kParts; ++i) store_words(pack_words(firsts[i], seconds[i]), parts[i] + c * kTile);
-    }
-    for (int i = 0; i < kParts; ++i) {
-      Vec turned[kTile];
-      load_transposed(parts[i], kTile, turned);
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) store_words(as_words(turned[r]), tiles + i * kTileWords + r * kTile);
-    }
+    const float* const corner = base + col * stride + k;
+    Vec first[kTile], second[kTile];
+    load_transposed(corner, stride, cols - col, larger(0, depth - k), first);
+    load_transposed(corner + kTile, stride, cols - col, larger(0, depth - k - kTile), second);
+    pack_step(first, second, tiles);
   }
 };
 
@@ -119,13 +118,12 @@ struct Matrix {
   void pack(int64_t k, int64_t col, float* tiles) const {
     const int64_t some_cols = smaller(kTile, cols - col);
     const auto row = [&](int64_t d) { return d < depth ? Vec::load(base + d * stride + col, some_cols) : Vec(); };
-    for (int64_t r = 0; r < kTile; ++r) {
-      Vec firsts[kParts], seconds[kParts];
-      split_rounded(row(k + r), firsts);
-      split_rounded(row(k + r + 16), seconds);
-#pragma GCC unroll 3
-      for (int i = 0; i < kParts; ++i) store_words(pack_words(firsts[i], seconds[i]), tiles + i * kTileWords + r * kTile);
+    Vec first[kTile], second[kTile];
+    for (int r = 0; r < kTile; ++r) {
+      first[r] = row(k + r);
+      second[r] = row(k + kTile + r);
     }
+    pack_step(first, second, tiles);
   }
 };
 

@@ -81,11 +81,9 @@ inline Words pack_words(Vec first, Vec second) { return (as_words(first) >> 16) 
 template <typename Element>
 inline constexpr int kPartsOf = sizeof(Element) == sizeof(float) ? kParts : 1;
 
-// The nearest bfloat16, ties to even. Parts of the right factor are rounded, so that what the six products leave out has any sign.
-inline Vec rounded(Vec a) {
-  const Words bits = as_words(a);
-  return Vec(reinterpret_cast<Vec::Float>((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u));
-}
+// The nearest bfloat16, ties away from zero. Parts of the right factor are rounded, so that what the six products leave out has any
+// sign.
+inline Vec rounded(Vec a) { return Vec(reinterpret_cast<Vec::Float>((as_words(a) + 0x8000u) & 0xffff0000u)); }
 
 // Products of parts, the smallest first; a bfloat16 left factor has the last three.
 struct Product {

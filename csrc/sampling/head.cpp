@@ -30,12 +30,11 @@ int64_t tile_cols(int64_t rows) {
 template <typename Reduce>
 void for_each_tile(const HeadArgs& head, const Reduce& reduce) {
   const int64_t width = tile_cols(head.rows);
-  parallel_for((head.vocab + width - 1) / width, [&](int64_t tile) {
-    float* logits = thread_scratch(ScratchSlot::kHead, head.rows * width);
-    const int64_t col = tile * width, cols = std::min(width, head.vocab - col);
-    multiply(head, col, cols, logits, width);
-    for (int64_t row = 0; row < head.rows; ++row) reduce(row, col, cols, logits + row * width);
-  });
+  linear_tiles({.x = head.x, .ldx = head.ldx, .w = head.weight, .M = head.rows, .N = head.vocab, .K = head.width,
+                .tile_cols = width},
+               [&](int64_t first, int64_t rows, int64_t col, int64_t cols, const float* logits) {
+                 for (int64_t row = 0; row < rows; ++row) reduce(first + row, col, cols, logits + row * width);
+               });
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(values).bfloat16().float().numpy()
+    """To the nearest bfloat16, ties away from zero."""
+    return _cut_off((values.view(np.uint32) + np.uint32(0x8000)).view(np.float32))
 
 
 def _parts(values: np.ndarray, leading) -> list[np.ndarray]:
