@@ -129,7 +129,7 @@ class Walker {
 };
 
 // Products of all rows of the left factor with all columns of the right one; store(row, rows, sums, stride, col, cols) takes
-// those of some rows with some columns. A thread takes so many neighbouring groups at a time.
+// those of some rows with some columns. A thread takes `together` neighbouring groups at a time.
 template <typename Left, typename Right, typename Store>
 void product(const Left& left, const Right& right, const Store& store, int64_t together = 1) {
   const int64_t steps = steps_of(left.depth), groups = ceil_div(left.rows, kGroupRows);
@@ -168,14 +168,14 @@ void linear(const LinearArgs& args) {
 
 void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume) {
   const RowsAsColumns x{args.x, args.ldx, args.M, args.K};
-  const auto multiply = [&](const auto* w) {
+  const auto multiply = [&]<typename Element>(const Element* w) {
     const auto store = [&](int64_t col, int64_t cols, const float* sums, int64_t stride, int64_t row, int64_t rows) {
       const int64_t place = col % args.tile_cols;
       const LinearArgs tile{.y = thread_scratch(ScratchSlot::kHead, rows * args.tile_cols), .ldy = args.tile_cols};
       finish_lanes(tile, sums, stride, 0, rows, place, cols);
       if (place + cols == args.tile_cols || col + cols == args.N) consume(row, rows, col - place, place + cols, tile.y);
     };
-    product(RowsOf{w, args.K, args.N, args.K}, x, store, args.tile_cols / kGroupRows);
+    product(RowsOf<Element>{w, args.K, args.N, args.K}, x, store, args.tile_cols / kGroupRows);
   };
   if (args.M > 0 && args.N > 0) with_elements(args.w, multiply);
 }

@@ -28,10 +28,10 @@ RULES = [
 ]
 
 
-def _problem(rows: int = ROWS, vocab: int = VOCAB, sharpness: float = 0.25):
+def _problem(rows: int = ROWS, vocab: int = VOCAB, sharpness: float = 0.25, width: int = WIDTH):
     rng = torch.Generator().manual_seed(rows * 1000 + vocab)
-    hidden = torch.randn(rows, WIDTH, generator=rng)
-    weight = sharpness * torch.randn(vocab, WIDTH, generator=rng)
+    hidden = torch.randn(rows, width, generator=rng)
+    weight = sharpness * torch.randn(vocab, width, generator=rng)
     return hidden, weight, torch.randint(vocab, (rows,), generator=rng)
 
 
@@ -59,6 +59,14 @@ def test_scores_have_the_bits_of_the_logits_scores(rows: int, vocab: int) -> Non
     for least in (None, thresholds):
         scores = linear_token_logprobs(hidden, weight, targets, TEMPERATURE, least)
         assert_same_bits(scores, token_logprobs(logits, targets, TEMPERATURE, least))
+
+
+@pytest.mark.parametrize("rows, width", [(31, 4096), (33, 4096), (97, 1537), (256, 1100)])
+def test_scores_of_wide_rows(rows: int, width: int) -> None:
+    """Wide rows pass in several parts, each of which reads the whole head."""
+    hidden, weight, targets = _problem(rows, VOCAB, 0.02, width)
+    scores = linear_token_logprobs(hidden, weight, targets, TEMPERATURE)
+    assert_same_bits(scores, token_logprobs(linear(hidden, weight), targets, TEMPERATURE))
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
