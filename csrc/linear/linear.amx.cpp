@@ -1,4 +1,4 @@
-// linear and matmul on the matrix unit of processors that have one (AMX); matrix_unit.h says how it multiplies floats.
+// linear, linear_tiles and matmul on the matrix unit of processors that have one (AMX); matrix_unit.h says how it multiplies floats.
 //
 // Every thread splits the right factor, activations in linear, into a panel of its own, some columns at a time; it stays in L2.
 // (To split a line again is some ten times as fast as to fetch it from another core.) Then it walks through groups of kGroupRows
@@ -132,13 +132,13 @@ class Walker {
 // those of some rows with some columns. A thread takes `together` neighbouring groups at a time.
 template <typename Left, typename Right, typename Store>
 void product(const Left& left, const Right& right, const Store& store, int64_t together = 1) {
-  const int64_t steps = steps_of(left.depth), groups = ceil_div(left.rows, kGroupRows);
+  const int64_t steps = steps_of(left.depth), groups = ceil_div(left.rows, kGroupRows), runs = ceil_div(groups, together);
   const int64_t most = smaller(kMostTiles, larger(2, kPanelFloats / (steps * kPanelStepWords) / 2 * 2)) * kTile;
   for (int64_t col = 0; col < right.cols; col += most) {
     const Panel panel{nullptr, col, smaller(most, right.cols - col), steps};
-    const int64_t shares = smaller(smaller(shares_worthwhile(left.rows, steps, panel.cols), groups), thread_count());
+    const int64_t shares = smaller(smaller(shares_worthwhile(left.rows, steps, panel.cols), runs), thread_count());
     const auto prepare = [&] { return Walker<Left>(left, right, panel); };
-    parallel_walk(ceil_div(groups, together), shares, prepare, [&](Walker<Left>& walker, int64_t i, int64_t end) {
+    parallel_walk(runs, shares, prepare, [&](Walker<Left>& walker, int64_t i, int64_t end) {
       const int64_t last = smaller(groups, end * together) - 1;
       for (int64_t group = i * together; group < smaller(groups, (i + 1) * together); ++group) {
         const int64_t row = group * kGroupRows, next_row = group < last ? row + kGroupRows : -1;

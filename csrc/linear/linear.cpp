@@ -27,6 +27,7 @@ void linear(const LinearArgs& args) { HYBRID_PICK_PRODUCT(linear)(args); }
 void matmul(const MatmulArgs& args) { HYBRID_PICK_PRODUCT(matmul)(args); }
 
 void linear_tiles(const LinearTilesArgs& args, const ConsumeTile& consume) {
+  // Splitting rows for the matrix unit is worth doing once for all tiles; of a lone row there is hardly anything to split.
 #if defined(__x86_64__)
   if (current_isa() == Isa::kAmx && args.M > 1) return amx::linear_tiles(args, consume);
 #endif
